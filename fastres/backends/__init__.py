@@ -1,0 +1,1 @@
+"""Adapters from the kernels to the launch signature of ``csrc/launch.h``; ``reference`` is its meaning."""

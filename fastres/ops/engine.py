@@ -1,0 +1,315 @@
+"""The block engine: a chain of convolutions, each with its BN, closed by residual, ReLU and one autograd.Function.
+
+    h_0 = x;  a_i = conv_i(h_i);  h_{i+1} = relu(bn_i(a_i));  out = act(bn_n(a_n) + shortcut)
+
+Convolutions are the library's; everything between two of them is one pass over memory forward. Backward, per
+convolution: the ReLU's mask, the BN reductions and the recomputed activation h share one pass, the affine map of
+the BN gradient is the second, written over the incoming gradient. The residual's gradient joins in one pass.
+
+Saved: x, the convolution outputs a_i, per-channel vectors and the last ReLU's bits, but no h_i: 10.25 of the 12
+units of an eager bottleneck. ``memory="low"`` also drops a_n and the projection's output and computes those
+convolutions again (6.25 units).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastres import convolution as conv_lib
+from fastres import dispatch
+from fastres.backends.reference import acc_dtype
+from fastres.library import register
+from fastres.ops import bn as steps
+from fastres.ops.bn import matrix, new, new_mask, nhwc, nothing
+from fastres.ops.params import BN, ConvBN, out_size
+
+#: What is added before the last ReLU: nothing, x itself, conv_bn(x), a given tensor, or bn of a given tensor.
+NONE, IDENTITY, PROJECTION, TENSOR, TENSOR_BN = range(5)
+
+
+def _geometry(flat: list[int], i: int):
+    sh, sw, ph, pw, dh, dw, groups = flat[7 * i : 7 * i + 7]
+    return (sh, sw), (ph, pw), (dh, dw), groups
+
+
+def flatten(conv: ConvBN) -> list[int]:
+    return [*conv.stride, *conv.padding, *conv.dilation, conv.groups]
+
+
+def _out_shape(shape, weight, g):
+    (sh, sw), (ph, pw), (dh, dw), _ = g
+    N, _, H, W = shape
+    K, _, R, S = weight.shape
+    return (N, K, out_size(H, R, sh, ph, dh), out_size(W, S, sw, pw, dw))
+
+
+class _Chain:
+    """Unpacked arguments of one engine call."""
+
+    def __init__(self, k, weights, geometry, kind):
+        self.k, self.w, self.kind = k, weights, kind
+        self.projected = kind == PROJECTION
+        self.n = len(weights) - self.projected
+        self.g = [_geometry(geometry, i) for i in range(len(weights))]
+
+    def tiles(self, M, C):
+        return self.k.tiles(M, C)
+
+
+def _fwd(x, residual, weights, biases, bn_weight, bn_bias, mean, var, batch_stats, eps, geometry, kind, relu, low,
+         save, op, backend):  # fmt: skip
+    k = dispatch.choose(dispatch.Request(op, x.device, x.dtype, weights[0].shape[0]), backend)
+    c = _Chain(k, weights, geometry, kind)
+    x = nhwc(x)
+    stats, kept = [], []
+
+    def stat_of(a, i):
+        s = steps.statistics(k, a, bn_weight[i], bn_bias[i], mean[i], var[i], batch_stats[i], eps[i])
+        stats.append(s)
+        return s
+
+    h = x
+    for i in range(c.n):
+        a = conv_lib.fprop(h, weights[i], biases[i], c.g[i])
+        stat = stat_of(a, i)
+        if i < c.n - 1:
+            h = new(a, a.shape) if save else a
+            k.bn_apply(a, *matrix(a), stat, None, None, True, h, None)
+            kept.append(a)
+    M, C = matrix(a)
+    rstat = shortcut = None
+    if kind == IDENTITY:
+        shortcut = x
+    elif kind == PROJECTION:
+        shortcut = conv_lib.fprop(x, weights[c.n], biases[c.n], c.g[c.n])
+        rstat = stat_of(shortcut, c.n)
+    elif kind in (TENSOR, TENSOR_BN):
+        shortcut = nhwc(residual)
+        rstat = stat_of(shortcut, c.n) if kind == TENSOR_BN else None
+    out = new(a, a.shape) if save else a
+    mask = new_mask(a, M, C) if save and relu and shortcut is not None else None
+    k.bn_apply(a, M, C, stat, shortcut, rstat, relu, out, mask)
+    if not save:
+        return [out, *stats]
+    saved = kept if low else [*kept, a, *([shortcut] if c.projected else [])]
+    return [out, *stats, *saved, *([] if mask is None else [mask])]
+
+
+def _fwd_fake(x, residual, weights, biases, bn_weight, bn_bias, mean, var, batch_stats, eps, geometry, kind, relu, low,
+              save, op, backend):  # fmt: skip
+    c = _Chain(None, weights, geometry, kind)
+    stat = [x.new_empty((5, w.shape[0]), dtype=acc_dtype(x.dtype)) for w in weights]
+    shape, shapes = x.shape, []
+    for i in range(c.n):
+        shape = _out_shape(shape, weights[i], c.g[i])
+        shapes.append(shape)
+    if kind == TENSOR_BN:
+        stat.append(torch.empty_like(stat[-1]))
+    out = new(x, shape)
+    if not save:
+        return [out, *stat]
+    saved = shapes[:-1] if low else [*shapes, *([shape] if c.projected else [])]
+    masks = [new_mask(x, *matrix(out))] if relu and kind != NONE else []
+    return [out, *stat, *(new(x, s) for s in saved), *masks]
+
+
+def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, relu, low, batch_stats, needs, op,
+         backend):  # fmt: skip
+    """needs: x, residual, then for each BN in order: conv weight, conv bias, BN weight, BN bias."""
+    k = dispatch.choose(dispatch.Request(op, x.device, x.dtype, weights[0].shape[0]), backend)
+    c = _Chain(k, weights, geometry, kind)
+    x, grad = nhwc(x), nhwc(grad)
+    n, last = c.n, c.n - 1
+    acts = list(acts)
+    own = kind in (PROJECTION, TENSOR_BN)
+    dparams: list[list] = [[None] * 4 for _ in stats]
+
+    def need(i, j):
+        return needs[2 + 4 * i + j]
+
+    def below(i):
+        """Whether anything under convolution i wants its input's gradient."""
+        return needs[0] or any(needs[2 : 2 + 4 * i])
+
+    h = None
+    if low:
+        # The input of the last convolution, then what that convolution made of it.
+        h = x
+        if n > 1:
+            h = new(acts[-1], acts[-1].shape)
+            k.bn_apply(acts[-1], *matrix(h), stats[last - 1], None, None, True, h, None)
+        acts.append(conv_lib.fprop(h, weights[last], biases[last], c.g[last]))
+        if c.projected:
+            acts.append(conv_lib.fprop(x, weights[n], biases[n], c.g[n]))
+    shortcut = acts[n] if c.projected else (nhwc(residual) if kind == TENSOR_BN else None)
+    rstat = stats[n] if own else None
+
+    def reduce(dy, i, planes, r, rs, bits, act, y):
+        M, C = matrix(dy)
+        T = c.tiles(M, C)
+        part = torch.empty((planes, T, C), dtype=stats[i].dtype, device=dy.device)
+        k.bn_bwd_reduce(dy, acts[i], M, C, stats[i], r, rs, bits, act, T, part, y)
+        return part, T, M, C
+
+    def coefficients(part, plane, T, M, C, i):
+        dparams[i][2], dparams[i][3], coef = steps.backward_coefficients(
+            k, part, plane, T, M, C, stats[i], batch_stats[i], need(i, 2), need(i, 3)
+        )
+        return coef
+
+    part, T, M, C = reduce(grad, last, 3 if own else 2, shortcut, rstat, mask, relu, None)
+    coef = coefficients(part, 1, T, M, C, last)
+    rcoef = coefficients(part, 2, T, M, C, n) if own else None
+    da = new(x, grad.shape)
+    want_res = c.projected or (kind in (TENSOR, TENSOR_BN) and needs[1])
+    dres = new(x, grad.shape) if want_res else None
+    k.bn_bwd_apply(grad, acts[last], M, C, stats[last], coef, shortcut, rstat, rcoef, mask, relu, da, dres)
+
+    dx = None
+    for i in range(last, -1, -1):
+        source = x if i == 0 else h
+        if i > 0 and below(i):
+            dy = conv_lib.dgrad(da, acts[i - 1], weights[i], c.g[i])
+            if source is None and need(i, 0):
+                source = new(acts[i - 1], acts[i - 1].shape)
+                part, T, M, C = reduce(dy, i - 1, 2, None, None, None, True, source)
+            else:
+                part, T, M, C = reduce(dy, i - 1, 2, None, None, None, True, None)
+        elif i > 0 and source is None and need(i, 0):
+            source = new(acts[i - 1], acts[i - 1].shape)
+            k.bn_apply(acts[i - 1], *matrix(source), stats[i - 1], None, None, True, source, None)
+        if need(i, 0) or need(i, 1):
+            reference = source if source is not None else acts[i - 1]
+            dparams[i][0], dparams[i][1] = conv_lib.wgrad(da, reference, weights[i], c.g[i], need(i, 1))
+        h = source = None
+        if i == 0 and needs[0]:
+            dx = conv_lib.dgrad(da, x, weights[0], c.g[0])
+        elif i > 0:
+            if not below(i):
+                break
+            coef = coefficients(part, 1, T, M, C, i - 1)
+            k.bn_bwd_apply(
+                dy, acts[i - 1], M, C, stats[i - 1], coef, None, None, None, None, True, dy, None
+            )
+            da = dy
+    if c.projected:
+        if need(n, 0) or need(n, 1):
+            dparams[n][0], dparams[n][1] = conv_lib.wgrad(dres, x, weights[n], c.g[n], need(n, 1))
+        if needs[0]:
+            dx.add_(conv_lib.dgrad(dres, x, weights[n], c.g[n]))
+    elif kind == IDENTITY and needs[0]:
+        if mask is None:
+            dx.add_(grad)
+        else:
+            k.mask_add(dx, grad, mask, *matrix(dx), dx)
+    flat = [t if need(i, j) else None for i, row in enumerate(dparams) for j, t in enumerate(row)]
+    wanted = [dx if needs[0] else None, None if c.projected else dres, *flat]
+    return [nothing(x) if t is None else t for t in wanted]
+
+
+def _bwd_fake(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, relu, low, batch_stats, needs, op,
+              backend):  # fmt: skip
+    out = [new(x, x.shape) if needs[0] else nothing(x)]
+    out.append(new(x, grad.shape) if needs[1] and kind in (TENSOR, TENSOR_BN) else nothing(x))
+    for i, stat in enumerate(stats):
+        K = stat.shape[1]
+        conv = i < len(weights)
+        weight = torch.empty_like(weights[i]) if conv else nothing(x)
+        row = [weight, x.new_empty(K) if conv else nothing(x), stat.new_empty(K), stat.new_empty(K)]
+        out += [t if needs[2 + 4 * i + j] else nothing(x) for j, t in enumerate(row)]
+    return out
+
+
+fwd_op = register(
+    "block_fwd(Tensor x, Tensor? residual, Tensor[] weights, Tensor?[] biases, Tensor?[] bn_weight, Tensor?[] bn_bias,"
+    " Tensor?[] mean, Tensor?[] var, bool[] batch_stats, float[] eps, int[] geometry, int kind, bool relu, bool low,"
+    " bool save, str op, str backend) -> Tensor[]",
+    _fwd,
+    _fwd_fake,
+)
+bwd_op = register(
+    "block_bwd(Tensor grad, Tensor x, Tensor? residual, Tensor[] weights, Tensor?[] biases, Tensor[] stats,"
+    " Tensor[] acts, Tensor? mask, int[] geometry, int kind, bool relu, bool low, bool[] batch_stats, bool[] needs,"
+    " str op, str backend) -> Tensor[]",
+    _bwd,
+    _bwd_fake,
+)
+
+
+class _Block(torch.autograd.Function):
+    """Differentiable inputs, flat: x, residual, then conv weight, conv bias, BN weight, BN bias per unit."""
+
+    @staticmethod
+    def forward(ctx, plan, x, residual, *params):
+        geometry, kind, relu, low, op, backend, mean, var, batch_stats, eps, n_conv = plan
+        weights, biases = list(params[0 : 4 * n_conv : 4]), list(params[1 : 4 * n_conv : 4])
+        bn_weight, bn_bias = list(params[2::4]), list(params[3::4])
+        out, *rest = fwd_op(
+            x, residual, weights, biases, bn_weight, bn_bias, mean, var, batch_stats, eps, geometry, kind, relu, low,
+            True, op, backend,
+        )  # fmt: skip
+        units = len(batch_stats)
+        stats, rest = rest[:units], rest[units:]
+        ctx.has_mask = relu and kind != NONE
+        kept = residual if kind == TENSOR_BN else None
+        ctx.save_for_backward(x, kept, *weights, *biases, *stats, *rest)
+        ctx.plan, ctx.n_conv, ctx.units = (geometry, kind, relu, low, batch_stats, op, backend), n_conv, units
+        ctx.types = [None if p is None else p.dtype for p in params]
+        ctx.mark_non_differentiable(*stats)
+        return (out, *stats)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_stats):
+        geometry, kind, relu, low, batch_stats, op, backend = ctx.plan
+        n, units = ctx.n_conv, ctx.units
+        x, residual, *saved = ctx.saved_tensors
+        weights, biases, stats = saved[:n], saved[n : 2 * n], saved[2 * n : 2 * n + units]
+        acts = saved[2 * n + units :]
+        mask = acts.pop() if ctx.has_mask else None
+        needs = list(ctx.needs_input_grad[1:])
+        grads = bwd_op(
+            grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, relu, low, batch_stats, needs, op,
+            backend,
+        )  # fmt: skip
+        types = [x.dtype, x.dtype, *ctx.types]
+        return None, *(g.to(t) if need else None for g, t, need in zip(grads, types, needs, strict=True))
+
+
+def run(x: Tensor, residual, units: list[ConvBN | BN], kind: int, relu: bool, low: bool, op: str) -> Tensor:
+    """One block over checked arguments. ``units``: the convolutions in order, the projection (or the residual's
+    BN) last. Returns the output in NHWC; running statistics are updated."""
+    convs = [u for u in units if isinstance(u, ConvBN)]
+    bns = [u.bn if isinstance(u, ConvBN) else u for u in units]
+    mean, var = [b.running_mean for b in bns], [b.running_var for b in bns]
+    batch_stats, eps = [b.training for b in bns], [float(b.eps) for b in bns]
+    geometry = [v for c in convs for v in flatten(c)]
+    backend = dispatch.forced()
+    params: list[Tensor | None] = []
+    for u, b in zip(units, bns, strict=True):
+        params += [u.weight, u.bias, b.weight, b.bias] if isinstance(u, ConvBN) else [None, None, b.weight, b.bias]
+    inputs = (x, residual, *params)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        plan = (geometry, kind, relu, low, op, backend, mean, var, batch_stats, eps, len(convs))
+        out, *stats = _Block.apply(plan, *inputs)
+    else:
+        out, *stats = fwd_op(
+            x, residual, [c.weight for c in convs], [c.bias for c in convs], [b.weight for b in bns],
+            [b.bias for b in bns], mean, var, batch_stats, eps, geometry, kind, relu, low, False, op, backend,
+        )  # fmt: skip
+    if any(batch_stats):
+        steps.update_running(bns, stats, _counts(x, out, convs, kind))
+    return out
+
+
+def _counts(x: Tensor, out: Tensor, convs: list[ConvBN], kind: int) -> list[int]:
+    """Values per channel of each unit's BN."""
+    shape, counts = x.shape, []
+    projected = kind == PROJECTION
+    for c in convs[: len(convs) - projected]:
+        shape = _out_shape(shape, c.weight, (c.stride, c.padding, c.dilation, c.groups))
+        counts.append(shape[0] * shape[2] * shape[3])
+    if projected or kind == TENSOR_BN:
+        counts.append(out.shape[0] * out.shape[2] * out.shape[3])
+    return counts
