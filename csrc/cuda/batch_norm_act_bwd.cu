@@ -1,0 +1,235 @@
+// Batch normalisation, backward: masked sums in one pass, coefficients in float64, gradients in a second pass.
+#include "affine.cuh"
+
+namespace FASTRES_BACKEND {
+
+namespace {
+
+// The mask must be stored where it cannot be recomputed from x and stat alone.
+bool recomputes(const char* name, int relu, const u8* mask, const void* residual) {
+    const bool missing = relu && !mask;
+    if (missing && residual) {
+        throw std::invalid_argument(std::string(name) + ": relu with a residual needs a mask, got a null mask");
+    }
+    return missing;
+}
+
+}  // namespace
+
+// Bits of the ReLU of bn(x), of the value as rounded to T.
+template <class T>
+DEVICE u32 relu_bits(const Affine& bn, const float (&x)[kVec], Pack<T>& rounded) {
+    float v[kVec];
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) v[j] = bn(x[j], j);
+    rounded = pack<T>(v);
+    return passed(rounded);
+}
+
+// part [2 or 3, T, C]
+template <class T, class A, class M, class R>
+KERNEL(2)
+bn_bwd_reduce_kernel(Rows s, const T* grad, const T* x, const float* stat, const T* residual, const float* rstat,
+                     const u8* mask, int relu, float* part, T* y) {
+    constexpr int kPlanes = kHasResidualBn<R> ? 3 : 2;
+    SHARED(float, shared, kPlanes* kTile);
+    const Place at = place(s);
+    float sum_g[kVec] = {}, sum_gx[kVec] = {}, sum_gr[kVec] = {};
+    if (at.n > 0) {
+        Affine bn{};
+        float rmean[kVec] = {};
+        if constexpr (kRecomputes<M>) {
+            bn = load_affine<A>(stat, s, at);
+        } else {
+            load_params<A>(stat + kMean * s.C + at.c, at.valid, bn.mean);
+        }
+        if constexpr (kHasResidualBn<R>) load_params<A>(rstat + kMean * s.C + at.c, at.valid, rmean);
+
+        for (i64 i = 0; i < at.n; i += kUnroll<T, A>) {
+            Pack<T> gs[kUnroll<T, A>], xs[kUnroll<T, A>], rs[kUnroll<T, A>];
+            u32 bits[kUnroll<T, A>];
+#pragma unroll
+            for (int u = 0; u < kUnroll<T, A>; ++u) {
+                if (i + u < at.n) {
+                    const i64 row = at.lo + (i + u) * s.depth, offset = row * s.C + at.c;
+                    gs[u] = load_pack<A, false>(grad + offset, at.valid);
+                    xs[u] = load_pack<A, false>(x + offset, at.valid);
+                    if constexpr (kHasResidualBn<R>) rs[u] = load_pack<A, false>(residual + offset, at.valid);
+                    bits[u] = relu && mask ? mask[row * s.groups + at.group] : 0xffu;
+                }
+            }
+#pragma unroll
+            for (int u = 0; u < kUnroll<T, A>; ++u) {
+                if (i + u < at.n) {
+                    float g[kVec], v[kVec];
+                    unpack(xs[u], v);
+                    if constexpr (kRecomputes<M>) {
+                        Pack<T> act;
+                        const u32 own = relu_bits(bn, v, act);
+                        if (relu && !mask) bits[u] = own;
+                        if (y) {
+                            const i64 offset = (at.lo + (i + u) * s.depth) * s.C + at.c;
+                            store_pack<A>(y + offset, relu ? keep(act, own) : act, at.valid);
+                        }
+                    }
+                    unpack(keep(gs[u], bits[u]), g);
+#pragma unroll
+                    for (int j = 0; j < kVec; ++j) {
+                        sum_g[j] += g[j];
+                        sum_gx[j] = fused(g[j], v[j] - bn.mean[j], sum_gx[j]);
+                    }
+                    if constexpr (kHasResidualBn<R>) {
+                        unpack(rs[u], v);
+#pragma unroll
+                        for (int j = 0; j < kVec; ++j) sum_gr[j] = fused(g[j], v[j] - rmean[j], sum_gr[j]);
+                    }
+                }
+            }
+        }
+    }
+    put(shared, 0, sum_g);
+    put(shared, 1, sum_gx);
+    if constexpr (kHasResidualBn<R>) put(shared, 2, sum_gr);
+    sync_block();
+    write_sums<kPlanes>(s, at, shared, part);
+}
+
+KERNEL(2)
+bn_bwd_finalize_kernel(const float* part, i64 plane, i64 T, i64 M, i64 C, const float* stat, int batch_stats,
+                       float* dweight, float* dbias, float* coef) {
+    SHARED(double, shared, kWarps* kFinalChannels);
+    const i64 c = block_x() * kFinalChannels + thread_index() % kFinalChannels;
+    const i64 length = ceil_div(T, kRuns), begin = thread_index() / kFinalChannels * length;
+    const i64 end = c < C ? least(begin + length, T) : 0;
+    const float* const gs = part + c;
+    const float* const gxs = gs + plane * T * C;
+    double sum_g = 0, sum_gx = 0;
+#pragma unroll 4
+    for (i64 t = begin; t < end; ++t) {
+        sum_g += gs[t * C];
+        sum_gx += gxs[t * C];
+    }
+    sum_g = sum_runs(shared, sum_g);
+    sum_gx = sum_runs(shared, sum_gx);
+    if (c >= C || thread_index() >= kFinalChannels) return;
+    const double invstd = stat[kInvstd * C + c], scale = stat[kScale * C + c];
+    if (dweight) dweight[c] = static_cast<float>(sum_gx * invstd);
+    if (dbias) dbias[c] = static_cast<float>(sum_g);
+    const double share = -scale / static_cast<double>(M);
+    coef[c] = static_cast<float>(scale);
+    coef[C + c] = batch_stats ? static_cast<float>(share * invstd * invstd * sum_gx) : 0.0f;
+    coef[2 * C + c] = batch_stats ? static_cast<float>(share * sum_g) : 0.0f;
+}
+
+template <class T, class A, class M, class R>
+KERNEL(2)
+bn_bwd_apply_kernel(Rows s, const T* grad, const T* x, const float* stat, const float* coef, const T* residual,
+                    const float* rstat, const float* rcoef, const u8* mask, int relu, T* dx, T* dres) {
+    const Place at = place(s);
+    if (at.n == 0) return;
+    const Gradient to_dx = load_gradient<A>(stat, coef, s, at);
+    Gradient to_dres{};
+    if constexpr (kHasResidualBn<R>) to_dres = load_gradient<A>(rstat, rcoef, s, at);
+    Affine bn{};
+    if constexpr (kRecomputes<M>) bn = load_affine<A>(stat, s, at);
+
+    for (i64 i = at.n; i > 0; i -= kUnroll<T, A>) {
+        Pack<T> gs[kUnroll<T, A>], xs[kUnroll<T, A>], rs[kUnroll<T, A>];
+        u32 bits[kUnroll<T, A>];
+#pragma unroll
+        for (int u = 0; u < kUnroll<T, A>; ++u) {
+            if (u < i) {
+                const i64 row = at.lo + (i - 1 - u) * s.depth, offset = row * s.C + at.c;
+                gs[u] = load_pack<A, true>(grad + offset, at.valid);
+                xs[u] = load_pack<A, true>(x + offset, at.valid);
+                if constexpr (kHasResidualBn<R>) rs[u] = load_pack<A, true>(residual + offset, at.valid);
+                bits[u] = relu && !kRecomputes<M> ? mask[row * s.groups + at.group] : 0xffu;
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll<T, A>; ++u) {
+            if (u < i) {
+                const i64 offset = (at.lo + (i - 1 - u) * s.depth) * s.C + at.c;
+                float g[kVec], v[kVec];
+                unpack(xs[u], v);
+                if constexpr (kRecomputes<M>) {
+                    Pack<T> act;
+                    bits[u] = relu_bits(bn, v, act);
+                }
+                const Pack<T> masked = keep(gs[u], bits[u]);
+                unpack(masked, g);
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) v[j] = to_dx(g[j], v[j], j);
+                store_pack<A>(dx + offset, pack<T>(v), at.valid);
+                if constexpr (kHasResidualBn<R>) {
+                    unpack(rs[u], v);
+#pragma unroll
+                    for (int j = 0; j < kVec; ++j) v[j] = to_dres(g[j], v[j], j);
+                    store_pack<A>(dres + offset, pack<T>(v), at.valid);
+                } else {
+                    if (dres) store_pack<A>(dres + offset, masked, at.valid);
+                }
+            }
+        }
+    }
+}
+
+void bn_bwd_reduce(int dtype, const void* grad, const void* x, i64 M, i64 C, const void* stat, const void* residual,
+                   const void* rstat, const u8* mask, int relu, i64 T, void* part, void* y, i64 ctx) {
+    const bool recompute = recomputes("bn_bwd_reduce", relu, mask, residual) || y;
+    if (y && residual) throw std::invalid_argument("bn_bwd_reduce: y is recomputed without a residual only, got both");
+    const Rows s = plan(M, C, T);
+    const bool vector = C % kVec == 0 && aligned16(grad, x, stat, residual, rstat, y);
+    dispatch("bn_bwd_reduce", dtype, vector, [&](auto t, auto access) {
+        using E = decltype(t);
+        using A = decltype(access);
+        const auto start = [&](auto kernel) {
+            launch("bn_bwd_reduce", kernel, s.blocks, s.channel_blocks, ctx, s, static_cast<const E*>(grad),
+                   static_cast<const E*>(x), static_cast<const float*>(stat), static_cast<const E*>(residual),
+                   static_cast<const float*>(rstat), mask, relu, static_cast<float*>(part), static_cast<E*>(y));
+        };
+        // rstat first: with M = 0 the mask is null and part still has three planes to write.
+        if (rstat) {
+            start(bn_bwd_reduce_kernel<E, A, GivenMask, BnResidual>);
+        } else if (recompute) {
+            start(bn_bwd_reduce_kernel<E, A, Recomputed, NoResidual>);
+        } else {
+            start(bn_bwd_reduce_kernel<E, A, GivenMask, NoResidual>);
+        }
+    });
+}
+
+void bn_bwd_finalize(int dtype, const void* part, i64 plane, i64 T, i64 M, i64 C, const void* stat, int batch_stats,
+                     void* dweight, void* dbias, void* coef, i64 ctx) {
+    require_float("bn_bwd_finalize", dtype);
+    launch("bn_bwd_finalize", bn_bwd_finalize_kernel, ceil_div(C, kFinalChannels), 1, ctx,
+           static_cast<const float*>(part), plane, T, M, C, static_cast<const float*>(stat), batch_stats,
+           static_cast<float*>(dweight), static_cast<float*>(dbias), static_cast<float*>(coef));
+}
+
+void bn_bwd_apply(int dtype, const void* grad, const void* x, i64 M, i64 C, const void* stat, const void* coef,
+                  const void* residual, const void* rstat, const void* rcoef, const u8* mask, int relu, void* dx,
+                  void* dres, i64 ctx) {
+    const bool recompute = recomputes("bn_bwd_apply", relu, mask, residual);
+    const Rows s = plan(M, C);
+    const bool vector = C % kVec == 0 && aligned16(grad, x, stat, coef, residual, rstat, rcoef, dx, dres);
+    dispatch("bn_bwd_apply", dtype, vector, [&](auto t, auto access) {
+        using E = decltype(t);
+        using A = decltype(access);
+        const auto start = [&](auto kernel) {
+            launch("bn_bwd_apply", kernel, s.blocks, s.channel_blocks, ctx, s, static_cast<const E*>(grad),
+                   static_cast<const E*>(x), static_cast<const float*>(stat), static_cast<const float*>(coef),
+                   static_cast<const E*>(residual), static_cast<const float*>(rstat), static_cast<const float*>(rcoef),
+                   mask, relu, static_cast<E*>(dx), static_cast<E*>(dres));
+        };
+        if (recompute) {
+            start(bn_bwd_apply_kernel<E, A, Recomputed, NoResidual>);
+        } else if (rcoef && dres) {
+            start(bn_bwd_apply_kernel<E, A, GivenMask, BnResidual>);
+        } else {
+            start(bn_bwd_apply_kernel<E, A, GivenMask, NoResidual>);
+        }
+    });
+}
+
+}  // namespace FASTRES_BACKEND

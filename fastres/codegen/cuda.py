@@ -1,0 +1,189 @@
+"""Compiles ``csrc/cuda/*.cu`` for GPUs that are not there and tabulates what came out.
+
+Same flags as the build (`CMakeLists.txt`), one cubin for each source and architecture, read back with `sass`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import pathlib
+import re
+import subprocess
+import tempfile
+
+from fastres.codegen import sass
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PATH = ROOT / "docs" / "kernels" / "cuda.md"
+ARCHITECTURES = ("80", "89", "90a", "100")
+FLAGS = ("-std=c++20", "-O3", "-DFASTRES_BACKEND=cuda")
+
+#: Shared memory of one block that needs no opt-in; the kernels declare theirs statically.
+STATIC_SHARED_LIMIT = 48 * 1024
+
+_TYPES = {"f": "float32", "bf16": "bfloat16", "f16": "float16"}
+_BASIC = re.compile(r"f|NS_(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One compiled kernel. Registers and stack (bytes) of a thread, shared memory (bytes) of a block.
+
+    ``load`` and ``store``: bytes that the widest instruction of one thread moves from and to global memory.
+    """
+
+    arch: str
+    source: str
+    kernel: str
+    parameters: tuple[str, ...]
+    registers: int
+    shared: int
+    load: int
+    store: int
+    stack: int
+    spills: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}<{', '.join(self.parameters)}>" if self.parameters else self.kernel
+
+    @property
+    def problems(self) -> list[str]:
+        where, found = f"sm_{self.arch} {self.name}", []
+        if self.spills or self.stack:
+            found.append(f"{where}: {self.spills} spill instructions, {self.stack} bytes of stack; expected none")
+        if self.registers > sass.REGISTER_LIMIT:
+            found.append(f"{where}: {self.registers} registers; the limit is {sass.REGISTER_LIMIT}")
+        if self.shared > STATIC_SHARED_LIMIT:
+            found.append(f"{where}: {self.shared} bytes of shared memory; the limit is {STATIC_SHARED_LIMIT}")
+        if "Vector" in self.parameters and self.load < 16:
+            found.append(f"{where}: loads at most {self.load} bytes an instruction; expected 16")
+        return found
+
+
+def demangle(symbol: str) -> tuple[str, tuple[str, ...]]:
+    """Kernel and template parameters of a mangled name: ``_ZN4cuda8k_kernelIfNS_6VectorEEEvPKT_``, k<float32, Vector>.
+
+    Only what the kernels use: types of their own namespace and float. Raises ``ValueError`` for anything else.
+    """
+    head = re.match(r"_ZN4cuda(\d+)", symbol)
+    if not head:
+        raise ValueError(f"symbol: expected a kernel of namespace cuda, got {symbol!r}")
+    at = head.end() + int(head[1])
+    name, parameters = symbol[head.end() : at], []
+    if not name.endswith("_kernel"):
+        raise ValueError(f"symbol: expected a kernel of namespace cuda, got {symbol!r}")
+    if symbol[at : at + 1] == "I":
+        at += 1
+        while symbol[at] != "E":
+            part = _BASIC.match(symbol, at)
+            if not part:
+                raise ValueError(f"symbol: expected float or a type of namespace cuda at {at}, got {symbol!r}")
+            at = part.end()
+            text = part[0]
+            if part[1]:
+                text, at = symbol[at : at + int(part[1])], at + int(part[1]) + 1  # and the E that closes NS_
+            parameters.append(_TYPES.get(text, text))
+    return name.removesuffix("_kernel"), tuple(parameters)
+
+
+def sources() -> list[pathlib.Path]:
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def nvcc() -> str:
+    """Path of nvcc. Raises `sass.ToolMissing`."""
+    return sass.find_tool("toolkit", "nvcc")
+
+
+def version() -> str:
+    """``"13.0.88"``."""
+    text = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release [\d.]+, V([\d.]+)", text)[1]
+
+
+def widest(usage: sass.Usage, opcode: str) -> int:
+    """Bytes the widest instruction ``opcode`` (LDG, STG) moves, 0 if there is none."""
+    for bits in (256, 128, 64):
+        if usage.count(f"{opcode}.{bits}") or usage.count(f"{opcode}.ENL2.{bits}"):
+            return bits // 8
+    byte, half = (sum(usage.count(f"{opcode}.{sign}{bits}") for sign in "US") for bits in (8, 16))
+    total = usage.count(opcode)
+    return 4 if total > byte + half else 2 if half else 1 if byte else 0
+
+
+def compile_one(arch: str, source: pathlib.Path) -> list[Row]:
+    """Every kernel of one source. Raises ``RuntimeError`` with nvcc's output."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder) / f"{source.stem}.cubin"
+        command = [nvcc(), *FLAGS, f"-arch=sm_{arch}", "-cubin", str(source), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or done.stderr.strip():
+            raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{done.stdout}{done.stderr}")
+        rows = []
+        for symbol, usage in sass.read(cubin).items():
+            kernel, parameters = demangle(symbol)
+            row = Row(
+                arch=arch,
+                source=source.name,
+                kernel=kernel,
+                parameters=parameters,
+                registers=usage.registers,
+                shared=usage.shared,
+                load=widest(usage, "LDG"),
+                store=widest(usage, "STG"),
+                stack=usage.stack,
+                spills=usage.spills,
+            )
+            rows.append(row)
+    return sorted(rows, key=lambda r: r.name)
+
+
+def rows(architectures=ARCHITECTURES, jobs: int = 2) -> list[Row]:
+    """Every row for the given architectures, ``jobs`` compilers at a time."""
+    items = [(arch, source) for arch in architectures for source in sources()]
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        return [row for part in pool.map(lambda item: compile_one(*item), items) for row in part]
+
+
+def section(arch: str, table: list[Row]) -> str:
+    """The part of the page about one architecture."""
+    lines = [
+        f"## sm_{arch}",
+        "",
+        "| kernel | variant | registers | shared | load | store | stack | spills |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in table:
+        if r.arch == arch:
+            lines.append(
+                f"| {r.kernel} | {', '.join(r.parameters)} | {r.registers} | {r.shared} | {r.load} | {r.store} "
+                f"| {r.stack} | {r.spills} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def header() -> str:
+    return f"""# CUDA kernels as compiled
+
+Generated by `python -m fastres.codegen cuda` with nvcc {version()}. Do not edit.
+
+Each row is one kernel of `csrc/cuda/`, compiled offline for the architecture and read back from the machine
+code. No GPU was involved: this page says what was generated, not how fast it is. Every block has 256 threads.
+
+variant: activation dtype; `Vector` (C a multiple of 8, addresses aligned to 16 bytes) or `Scalar`; where the
+ReLU mask comes from; what joins before the ReLU. registers: of one thread (limit {sass.REGISTER_LIMIT}).
+shared: bytes of one block, from sm_90 on with the 1024 bytes the system keeps of it. load, store: bytes moved by
+the widest instruction of one thread from or to global memory. stack, spills: bytes and local-memory instructions
+of one thread, expected 0.
+"""
+
+
+def generate(jobs: int = 2, architectures=ARCHITECTURES) -> str:
+    """The text of ``PATH``. Raises ``RuntimeError`` listing every kernel that spills or passes a limit."""
+    table = rows(architectures, jobs)
+    problems = [problem for row in table for problem in row.problems]
+    if problems:
+        raise RuntimeError("\n".join(problems))
+    return "\n".join([header(), *(section(arch, table) for arch in architectures)])

@@ -1,0 +1,89 @@
+"""docs/kernels/cuda.md says what nvcc makes of the CUDA kernels; regenerated and compared here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+
+import pytest
+
+from fastres.codegen import cuda, sass
+
+ROW = cuda.Row("90a", "k.cu", "k", ("float32", "Vector"), 64, 1024, 16, 16, 0, 0)
+
+
+def page() -> str:
+    return cuda.PATH.read_text()
+
+
+def test_table_is_current():
+    """Equal text where this nvcc wrote the page; with another one, still no spills and nothing past a limit."""
+    try:
+        here = cuda.version()
+        sass.find_tool("toolkit")
+    except sass.ToolMissing as error:
+        pytest.skip(f"CUDA kernels cannot be compiled here: {error}")
+    there = re.search(r"with nvcc ([\d.]+)\.", page())[1]
+    known = cuda.ARCHITECTURES if here == there else cuda.ARCHITECTURES[:1]
+    text = cuda.generate(jobs=2, architectures=known)
+    if here != there:
+        print(f"written with nvcc {there}, this is {here}: resources checked, not compared")
+        return
+    diff = "".join(difflib.unified_diff(page().splitlines(True), text.splitlines(True), "docs", "compiled now", n=0))
+    assert not diff, f"python -m fastres.codegen cuda\n{diff}"
+
+
+def test_table_is_complete():
+    """Every kernel of every source on every architecture, each without spills."""
+    kernels = {name for s in cuda.sources() for name in re.findall(r"^(\w+)_kernel\(", s.read_text(), re.M)}
+    assert len(kernels) == 14
+    sections = re.split(r"^## sm_(\w+)$", page(), flags=re.M)
+    assert tuple(sections[1::2]) == cuda.ARCHITECTURES
+    for table in sections[2::2]:
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n") if line[:2] == "| "]
+        rows = rows[1:]
+        assert {row[0] for row in rows} == kernels
+        assert all(row[-2:] == ["0", "0"] for row in rows)
+        assert all(int(row[4]) == 16 for row in rows if "Vector" in row[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, ""),
+        ({"spills": 4}, "4 spill instructions"),
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"registers": 256}, "256 registers; the limit is 255"),
+        ({"shared": 49153}, "49153 bytes of shared memory"),
+        ({"load": 4}, "loads at most 4 bytes an instruction; expected 16"),
+    ],
+)
+def test_problems(change, words):
+    problems = dataclasses.replace(ROW, **change).problems
+    if not words:
+        assert problems == []
+    else:
+        assert len(problems) == 1 and words in problems[0] and "sm_90a k<float32, Vector>" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("symbol", "expected"),
+    [
+        ("_ZN4cuda15mask_add_kernelIfNS_6ScalarEEEvNS_4RowsEPKT_S4_PKhPS2_", ("mask_add", ("float32", "Scalar"))),
+        ("_ZN4cuda6a_kernINS_4bf16ENS_6VectorENS_10NoResidualEEEvv", None),
+        ("_ZN4cuda8k_kernelINS_4bf16ENS_6VectorENS_10NoResidualEEEvv", ("k", ("bfloat16", "Vector", "NoResidual"))),
+        ("_ZN4cuda14bn_fold_kernelEPKfS1_S1_S1_dlPf", ("bn_fold", ())),
+    ],
+)
+def test_demangle(symbol, expected):
+    if expected is None:
+        with pytest.raises(ValueError, match="expected a kernel of namespace cuda"):
+            cuda.demangle(symbol)
+    else:
+        assert cuda.demangle(symbol) == expected
+
+
+def test_demangle_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="expected float or a type of namespace cuda"):
+        cuda.demangle("_ZN4cuda8k_kernelIdEEvv")
