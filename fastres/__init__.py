@@ -1,6 +1,7 @@
 """fastres: fused kernels that make residual networks faster in PyTorch without changing what they compute."""
 
 from fastres.dispatch import backend
+from fastres.fusion import freeze_bn, fuse, report, restore, unfreeze_bn
 from fastres.ops.add_relu import add_relu
 from fastres.ops.basic_block import basic_block
 from fastres.ops.batch_norm_act import batch_norm_act
@@ -10,3 +11,22 @@ from fastres.ops.params import BN, ConvBN
 from fastres.ops.stem import stem
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BN",
+    "ConvBN",
+    "add_relu",
+    "backend",
+    "basic_block",
+    "batch_norm_act",
+    "bottleneck",
+    "conv_bias_act",
+    "conv_bn_act",
+    "fold_conv_bn",
+    "freeze_bn",
+    "fuse",
+    "report",
+    "restore",
+    "stem",
+    "unfreeze_bn",
+]
