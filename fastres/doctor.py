@@ -1,0 +1,220 @@
+"""What this machine is, what was built, which backend serves what, and why. Plain data; ``cli.py`` prints it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+import fastres
+from fastres.backends import native
+
+#: Extension -> the backend it carries.
+EXTENSIONS = {"_cpu": "cpu", "_cuda": "cuda", "_emulator": "emulator"}
+
+#: Flags of /proc/cpuinfo worth knowing for these kernels, x86 first, then Arm.
+_ISA = (
+    "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_tile",
+    "amx_bf16", "amx_int8", "asimd", "asimdhp", "bf16", "sve", "sve2",
+)  # fmt: skip
+
+_PACKAGES = ("torchvision", "triton", "numpy", "pillow", "matplotlib", "rich", "typer", "pytest", "scikit-learn")
+
+#: (op, channels) of a ResNet-50's typical requests.
+TYPICAL = (
+    ("add_relu", None), ("batch_norm_act", 256), ("conv_bn_act", 64), ("basic_block", 64), ("bottleneck", 256),
+    ("stem", 64),
+)  # fmt: skip
+
+
+def cpu() -> dict:
+    """Name, instruction sets and cores of the processor; an entry the system does not tell is empty."""
+    name, flags = platform.processor() or platform.machine(), set()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        text = info.read_text()
+        if match := re.search(r"^model name\s*:\s*(.+)$", text, re.M):
+            name = match.group(1).strip()
+        if match := re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.M):
+            flags = set(match.group(1).split())
+    return {
+        "name": name,
+        "architecture": platform.machine(),
+        "isa": [flag for flag in _ISA if flag in flags],
+        "cores": os.cpu_count() or 0,
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
+    }
+
+
+def gpus() -> list[dict]:
+    """Name, compute capability, multiprocessors and memory (GiB) of each CUDA device torch can use."""
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        p = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": p.name,
+                "capability": f"{p.major}.{p.minor}",
+                "multiprocessors": p.multi_processor_count,
+                "memory_gib": round(p.total_memory / 2**30, 1),
+            }
+        )
+    return found
+
+
+def openmp_runtimes() -> list[str] | None:
+    """File names of the OpenMP runtimes mapped into this process; None where the system does not tell.
+
+    More than one means two thread pools fighting for the same cores.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    files = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line}
+    return sorted({Path(f).name for f in files if re.match(r"lib(gomp|iomp5|omp)\b", Path(f).name)})
+
+
+def versions() -> dict[str, str]:
+    """Versions of fastres, Python, torch with its CUDA, and of the packages installed beside it."""
+    found = {"fastres": fastres.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    found["cuda"] = torch.version.cuda or "none (CPU build of torch)"
+    if torch.cuda.is_available():
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def tools() -> dict[str, str]:
+    """Where the compilers are that ``torch.compile`` and the build use; "not found" otherwise."""
+    cuda_home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{cuda_home}/bin")
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    return {"C++ compiler": compiler or "not found", "nvcc": nvcc or "not found"}
+
+
+def extensions() -> dict[str, dict]:
+    """Each compiled extension: whether it loads, from which file, how it was built, or why it was not."""
+    record = native.build_info()
+    found = {}
+    for module in EXTENSIONS:
+        try:
+            loaded = importlib.import_module(f"fastres.{module}")
+        except ImportError as error:
+            why = record.get("absent", {}).get(f"fastres.{module}") or _one_line(error)
+            found[module] = {"built": False, "why": why}
+            continue
+        entry = {"built": True, "file": Path(loaded.__file__).name, "compiler": record.get("compiler", "unknown")}
+        if module == "_cpu":
+            entry |= {"isa in use": loaded.isa(), "isas": loaded.available_isas(), "flags": record.get("cpu_isas", {})}
+            # The backend hands the module torch's OpenMP runtime when it loads.
+            entry["OpenMP"] = "torch's" if _cpu_has_openmp(loaded) else "none: one thread"
+        if module == "_cuda":
+            entry |= record.get("cuda") or {}
+        found[module] = entry
+    return found
+
+
+def _cpu_has_openmp(module) -> bool:
+    from fastres import dispatch
+
+    dispatch.load("cpu")
+    return module.has_openmp()
+
+
+def backends() -> dict[str, dict]:
+    """Each backend: available for a plain fp32 request on its own kind of device, or the reasons why not."""
+    from fastres import dispatch
+
+    device_of = {"cuda": "cuda", "triton": "cuda"}
+    found = {}
+    for name in dispatch.BACKENDS:
+        request = dispatch.Request("add_relu", torch.device(device_of.get(name, "cpu")), torch.float32)
+        try:
+            reasons = dispatch.load(name).why_not(request)
+        except ImportError as error:
+            reasons = [_one_line(error)]
+        found[name] = {"available": not reasons, "why_not": reasons}
+    return found
+
+
+def choices(verify: bool = False) -> list[dict]:
+    """For typical requests on each device: the backend chosen and why the ones before it were not.
+
+    ``verify`` runs the self-check of a GPU kernel that would run on first use, so that the answer is final.
+    """
+    from fastres import dispatch
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    rows = []
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16):
+            for op, channels in TYPICAL:
+                request = dispatch.Request(op, torch.device(device), dtype, channels, True)
+                passed_over = {}
+                for name, reasons in dispatch.explain(request):
+                    reasons = list(reasons)
+                    if verify and not reasons:
+                        reasons = _self_check(request, name)
+                    if not reasons:
+                        break
+                    passed_over[name] = reasons
+                rows.append(
+                    {
+                        "op": op,
+                        "device": device,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "channels": channels,
+                        "backend": name,
+                        "passed_over": passed_over,
+                    }
+                )
+    return rows
+
+
+def _self_check(request, name: str) -> list[str]:
+    from fastres import dispatch, verify
+
+    wrong = verify.failure(request, name, dispatch.load(name), dispatch.LAUNCHES[request.op])
+    return [wrong] if wrong else []
+
+
+def settings() -> dict[str, str]:
+    """The switches in force: threads, fp32 precision, and the FASTRES_* variables that are set."""
+    found = {
+        "torch threads": str(torch.get_num_threads()),
+        "float32 matmul precision": torch.get_float32_matmul_precision(),
+        "deterministic algorithms": str(torch.are_deterministic_algorithms_enabled()),
+    }
+    for variable in sorted(os.environ):
+        if variable.startswith("FASTRES_") or variable in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+            found[variable] = os.environ[variable]
+    return found
+
+
+def examine(verify: bool = False) -> dict:
+    """Everything ``fastres doctor`` prints, as JSON-ready data."""
+    return {
+        "machine": {"os": platform.platform(), "cpu": cpu(), "gpus": gpus(), "executable": sys.executable},
+        "versions": versions(),
+        "tools": tools(),
+        "settings": settings(),
+        "extensions": extensions(),
+        "backends": backends(),
+        "choices": choices(verify),
+        "openmp": openmp_runtimes(),
+    }
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
