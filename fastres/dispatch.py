@@ -99,7 +99,12 @@ def choose(request: Request, name: str = "") -> ModuleType:
         if reasons:
             raise ValueError(f"backend {name!r} cannot serve {request}: {'; '.join(reasons)}")
         return chosen
-    return _automatic(request)
+    try:
+        return _automatic(request)
+    except verify.NotVerifiedYet as reason:
+        # Not remembered: the choice is made again outside of the capture.
+        warnings.warn(f"fastres: {request} is served by PyTorch: {reason}", RuntimeWarning, stacklevel=4)
+        return load("reference")
 
 
 @functools.lru_cache(maxsize=4096)

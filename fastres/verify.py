@@ -15,12 +15,16 @@ from fastres.backends import reference
 _ROWS = 1031  # prime: partial tiles in every kernel
 
 
+class NotVerifiedYet(RuntimeError):
+    """No verdict can be had now; a later call may have one."""
+
+
 def failure(request, name: str, launch, functions: tuple[str, ...]) -> str:
-    """Why ``launch`` must not serve ``request``, or an empty string."""
+    """Why ``launch`` must not serve ``request``, or an empty string. Raises NotVerifiedYet under graph capture."""
     if request.device.type != "cuda" or name == "reference":
         return ""
     if torch.cuda.is_current_stream_capturing():
-        return "not verified yet and a CUDA graph is being captured (run one warm-up step first)"
+        raise NotVerifiedYet("not verified yet and a CUDA graph is being captured (run one warm-up step first)")
     with torch.no_grad(), torch.random.fork_rng(devices=[request.device]):
         torch.manual_seed(0)
         for function in functions:

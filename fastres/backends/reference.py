@@ -37,8 +37,9 @@ def _bounds(M: int, T: int):
 
 
 def _unpack(mask: torch.Tensor, M: int, C: int) -> torch.Tensor:
-    bits = (mask.reshape(M, -1, 1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
-    return bits.reshape(M, -1)[:, :C].bool()
+    nbytes = -(-C // 8)
+    bits = (mask.reshape(M, nbytes, 1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    return bits.reshape(M, nbytes * 8)[:, :C].bool()
 
 
 def _pack(passed: torch.Tensor, mask: torch.Tensor) -> None:
@@ -205,10 +206,10 @@ def _windows(t, k, stride, pad, fill):
 def stem_fwd(x, N, H, W, C, stat, P, Q, k, stride, pad, out, idx):
     v = _normalise(rows(x, N * H * W, C), stat).to(x.dtype).reshape(N, H, W, C)
     w = _windows(v, k, stride, pad, float("-inf"))
-    # argmax of torch: the first maximum is not promised, so the order is spelt out; a NaN ranks highest.
-    key = torch.where(w.isnan(), torch.full((), float("inf"), dtype=w.dtype, device=w.device), w)
-    top = key.amax(-1, keepdim=True)
-    first = torch.where(key == top, torch.arange(k * k, device=x.device), k * k).amin(-1)
+    # torch.argmax does not promise the first maximum, so the order is spelt out; amax is NaN where the window has one.
+    top = w.amax(-1, keepdim=True)
+    wins = (w == top) | w.isnan()
+    first = torch.where(wins, torch.arange(k * k, device=x.device), k * k).amin(-1)
     value = w.gather(-1, first[..., None])[..., 0]
     rows(out, N * P * Q, C).copy_(torch.relu(value).reshape(-1, C))
     if idx is not None:

@@ -23,12 +23,6 @@ def add_relu_ref(x: Tensor, residual: Tensor, *, upcast: bool = False) -> Tensor
     return torch.relu(x + residual)
 
 
-def _dense(t: Tensor) -> Tensor:
-    return t if t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)) else t.clone(
-        memory_format=torch.contiguous_format
-    )
-
-
 def _same_storage_order(t: Tensor, like: Tensor) -> Tensor:
     return t if t.stride() == like.stride() else torch.empty_like(like).copy_(t)
 
@@ -39,16 +33,14 @@ def _bits(x: Tensor) -> Tensor:
 
 def _fwd(x: Tensor, residual: Tensor, save_mask: bool, backend: str):
     k = dispatch.choose(dispatch.Request("add_relu", x.device, x.dtype), backend)
-    x = _dense(x)
-    residual = _same_storage_order(residual, x)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x)  # the strides of x if it is dense, else dense in the same order
+    x, residual = _same_storage_order(x, out), _same_storage_order(residual, out)
     mask = _bits(x) if save_mask else None
     k.add_relu_fwd(x, residual, x.numel(), out, mask)
     return out, nothing(x, torch.uint8) if mask is None else mask
 
 
 def _fwd_fake(x, residual, save_mask, backend):
-    x = _dense(x)
     return torch.empty_like(x), _bits(x) if save_mask else nothing(x, torch.uint8)
 
 
@@ -66,7 +58,7 @@ def _bwd_fake(grad, mask, stride, backend):
 fwd_op = register(
     "add_relu_fwd(Tensor x, Tensor residual, bool save_mask, str backend) -> (Tensor, Tensor)", _fwd, _fwd_fake
 )
-bwd_op = register("add_relu_bwd(Tensor grad, Tensor mask, int[] stride, str backend) -> Tensor", _bwd, _bwd_fake)
+bwd_op = register("add_relu_bwd(Tensor grad, Tensor mask, SymInt[] stride, str backend) -> Tensor", _bwd, _bwd_fake)
 
 
 class _AddReLU(torch.autograd.Function):

@@ -99,6 +99,8 @@ def _bwd(grad, x, stat, residual, rstat, mask, relu, batch_stats, rbatch, needs,
         drweight, drbias, rcoef = steps.backward_coefficients(k, part, 2, T, M, C, rstat, rbatch, needs[4], needs[5])
     dx = new(x, x.shape)
     dres = new(x, x.shape) if needs[1] else None
+    if dres is None:
+        residual = rstat = rcoef = None  # they serve the residual's gradient alone
     k.bn_bwd_apply(grad, x, M, C, stat, coef, residual, rstat, rcoef, mask, relu, dx, dres)
     return tuple(nothing(x) if t is None else t for t in (dx, dres, dweight, dbias, drweight, drbias))
 

@@ -109,7 +109,7 @@ def _count(tracked):
 
 
 _bn_update = register(
-    "bn_update_(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor[] tracked, Tensor[] stat, int[] count,"
+    "bn_update_(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor[] tracked, Tensor[] stat, SymInt[] count,"
     " float[] momentum) -> ()",
     _update,
     lambda *args: None,

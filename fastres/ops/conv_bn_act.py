@@ -108,8 +108,10 @@ def fold_conv_bn(conv: ConvBN) -> tuple[Tensor, Tensor]:
     Returns: (weight in the dtype and memory format of ``conv.weight``, bias ``[K]`` in fp32, or fp64 for float64).
     ``w' = w * s``, ``b' = (b - mean) * s + bias`` with ``s = bn.weight / sqrt(running_var + eps)``.
 
-    Raises: ValueError if the BN has no running statistics.
+    Raises: TypeError if ``conv`` is no ConvBN, ValueError if its BN has no running statistics.
     """
+    if not isinstance(conv, ConvBN):
+        raise TypeError(f"conv: got {type(conv).__name__}, expected fastres.ConvBN")
     w, bn = conv.weight.detach(), conv.bn
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError("conv.bn: got no running statistics, expected those of an evaluation BN")

@@ -164,6 +164,8 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
     da = new(x, grad.shape)
     want_res = c.projected or (kind in (TENSOR, TENSOR_BN) and needs[1])
     dres = new(x, grad.shape) if want_res else None
+    if dres is None:
+        shortcut = rstat = rcoef = None  # they serve the residual's gradient alone
     k.bn_bwd_apply(grad, acts[last], M, C, stats[last], coef, shortcut, rstat, rcoef, mask, relu, da, dres)
 
     dx = None

@@ -99,6 +99,18 @@ def check_bn(bn: BN, what: str, C: int, M: int, device: torch.device) -> None:
         buffer = getattr(bn, name)
         if buffer is not None and buffer.requires_grad:
             raise ValueError(f"{what}.{name}: got a tensor that requires grad, expected a buffer without")
+    momentum, tracked = bn.momentum, bn.num_batches_tracked
+    if momentum is not None and not isinstance(momentum, (int, float)):
+        raise TypeError(f"{what}.momentum: got {momentum!r}, expected a number or None")
+    if tracked is not None:
+        if not isinstance(tracked, Tensor):
+            got = type(tracked).__name__
+            raise TypeError(f"{what}.num_batches_tracked: got {got}, expected a torch.Tensor or None")
+        if tracked.is_floating_point() or tracked.dim() != 0:
+            got = f"{tracked.dtype} of shape {tuple(tracked.shape)}"
+            raise ValueError(f"{what}.num_batches_tracked: got {got}, expected an integer tensor without dimensions")
+        if tracked.device != device:
+            raise ValueError(f"{what}.num_batches_tracked: got device {tracked.device}, expected {device}")
     if not bn.training:
         if bn.running_mean is None:
             raise ValueError(f"{what}: got training=False without running statistics, expected one of the two")
@@ -129,8 +141,8 @@ def check_conv(
     w = conv.weight
     if not isinstance(w, Tensor):
         raise TypeError(f"{what}.weight: got {type(w).__name__}, expected a torch.Tensor")
-    if w.dim() != 4:
-        raise ValueError(f"{what}.weight: got shape {tuple(w.shape)}, expected [K, C/groups, R, S]")
+    if w.dim() != 4 or w.numel() == 0:
+        raise ValueError(f"{what}.weight: got shape {tuple(w.shape)}, expected [K, C/groups, R, S], none of them zero")
     _check_pair(conv.stride, f"{what}.stride", 1)
     _check_pair(conv.padding, f"{what}.padding", 0)
     _check_pair(conv.dilation, f"{what}.dilation", 1)
@@ -154,16 +166,20 @@ def check_conv(
     return (N, K, P, Q)
 
 
+def _autocast(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype convolutions run in: autocast's where it is on (as for ``F.conv2d``), else that of ``x``."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if _autocast(x.device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def cast_conv(conv: ConvBN, dtype: torch.dtype) -> ConvBN:
-    """Weight and bias in ``dtype``, differentiably: what autocast does to a convolution's arguments."""
-    if not isinstance(conv, ConvBN) or not isinstance(conv.weight, Tensor) or conv.weight.dtype == dtype:
+    """Under autocast weight and bias in ``dtype``, differentiably: what it does to a convolution's arguments."""
+    if not isinstance(conv, ConvBN) or not isinstance(conv.weight, Tensor) or not _autocast(conv.weight.device):
         return conv
-    return conv._replace(weight=conv.weight.to(dtype), bias=None if conv.bias is None else conv.bias.to(dtype))
+    bias = conv.bias.to(dtype) if isinstance(conv.bias, Tensor) else conv.bias
+    return conv._replace(weight=conv.weight.to(dtype), bias=bias)

@@ -1,0 +1,231 @@
+// Batch normalisation, forward: statistics of tiles, their merge, and the pass that normalises, adds and clips.
+#include "cpu/isa/rows.h"
+
+namespace FASTRES_BACKEND {
+namespace {
+
+// Bytes of x per chunk of bn_stats: small enough to be read again from L2.
+constexpr i64 kChunk = 96 * 1024;
+constexpr i64 kSamples = 8;
+constexpr i64 kWork = 5;
+
+// One tile: sums of x - shift and of their squares over chunks of rows, merged by Chan's formula. The shift is the
+// mean so far, at first that of a few rows spread over the tile. A one-pass variance loses digits where the shift is
+// many standard deviations off: there, channel by channel, a second pass over the chunk takes the squares around its
+// mean. work: kWork rows of `pitch` accumulators.
+template <class T>
+void tile_stats(const T* x, i64 C, i64 m0, i64 m1, i64 c0, i64 c1, Acc<T>* work, i64 pitch, Acc<T>* mean_out,
+                Acc<T>* m2_out) {
+    using A = Acc<T>;
+    using V = Vec<T>;
+    A* const mean = work - c0;  // indexed by channel
+    A* const m2 = mean + pitch;
+    A* const sum = m2 + pitch;
+    A* const square = sum + pitch;
+    A* const again = square + pitch;
+    constexpr A kFar = 16;  // squared distance of shift and mean, in variances
+    const i64 chunk = max_of(16, kChunk / ((c1 - c0) * i64(sizeof(T))) / kRows * kRows);
+
+    const i64 samples = min_of(kSamples, m1 - m0), step = (m1 - m0) / samples;
+    walk(m0, m0 + 1, c0, c1, C, [=](auto, i64 m, i64 c, auto s) __attribute__((always_inline)) {
+        // Relative to the first row, so that a constant channel has exactly its value as mean.
+        const V first = s.load(x + m * C + c);
+        V a{};
+        for (i64 i = 1; i < samples; ++i) a += s.load(x + (m + i * step) * C + c) - first;
+        store(mean + c, first + a / A(samples));
+        store(m2 + c, V{});
+    });
+    for (i64 r0 = m0; r0 < m1; r0 += chunk) {
+        const i64 r1 = min_of(r0 + chunk, m1);
+        const A before = A(r0 - m0), n = A(r1 - r0);
+        for (i64 c = c0; c < c1; c += L) {
+            store(sum + c, V{});
+            store(square + c, V{});
+        }
+        walk(r0, r1, c0, c1, C, [=](auto rows, i64 m, i64 c, auto s) __attribute__((always_inline)) {
+            const V shift = load(mean + c);
+            V a{}, q{};
+            for (int u = 0; u < rows.value; ++u) {
+                fetch(x + (m + u) * C + c);
+                const V d = s.load(x + (m + u) * C + c) - shift;
+                a += d;
+                q = fma(d, d, q);
+            }
+            store(sum + c, load(sum + c) + a);
+            store(square + c, load(square + c) + q);
+        });
+        // sum becomes delta, the mean of the chunk minus the shift; square the sum of squares around the chunk's mean.
+        const auto poor = [n](V delta, V q) { return delta * delta * n > kFar * q; };
+        auto any_poor = V{} < V{};
+        for (i64 c = c0; c < c1; c += L) {
+            const V total = load(sum + c), delta = total / n, q = load(square + c) - total * delta;
+            any_poor |= poor(delta, q);
+            store(sum + c, delta);
+            store(square + c, q);
+        }
+        if (__builtin_expect(any(any_poor), 0)) {
+            __builtin_memset(again + c0, 0, pitch * sizeof(A));
+            walk(r0, r1, c0, c1, C, [=](auto rows, i64 m, i64 c, auto s) __attribute__((always_inline)) {
+                const V center = load(mean + c) + load(sum + c);
+                V q{};
+                for (int u = 0; u < rows.value; ++u) {
+                    const V d = s.load(x + (m + u) * C + c) - center;
+                    q = fma(d, d, q);
+                }
+                store(again + c, load(again + c) + q);
+            });
+            for (i64 c = c0; c < c1; c += L)
+                store(square + c, poor(load(sum + c), load(square + c)) ? load(again + c) : load(square + c));
+        }
+        // In the first chunk `before` is 0: the mean moves all the way and the cross term vanishes.
+        const A share = n / (before + n), cross = before * share;
+        for (i64 c = c0; c < c1; c += L) {
+            const V delta = load(sum + c);
+            store(m2 + c, load(m2 + c) + load(square + c) + delta * delta * cross);
+            store(mean + c, load(mean + c) + delta * share);
+        }
+    }
+    __builtin_memcpy(mean_out + c0, mean + c0, (c1 - c0) * sizeof(A));
+    __builtin_memcpy(m2_out + c0, m2 + c0, (c1 - c0) * sizeof(A));
+}
+
+template <class T>
+void stats(const T* x, i64 M, i64 C, i64 T_, Acc<T>* part, i64 ctx) {
+    using A = Acc<T>;
+    const Tiling tiling(M, C, T_, ctx);
+    const i64 pitch = padded(tiling.width);
+    const Scratch scratch(tiling.threads * kWork * pitch * sizeof(A));
+    A* const work = static_cast<A*>(scratch.get());
+    tiling.run([&](i64 t, i64 m0, i64 m1, i64 c0, i64 c1, int thread) {
+        A *count = part + t * C, *mean = count + T_ * C, *m2 = mean + T_ * C;
+        for (i64 c = c0; c < c1; ++c) count[c] = A(m1 - m0);
+        if (m0 < m1) {
+            tile_stats(x, C, m0, m1, c0, c1, work + thread * kWork * pitch, pitch, mean, m2);
+        } else {
+            for (i64 c = c0; c < c1; ++c) mean[c] = m2[c] = A(0);
+        }
+    });
+}
+
+// Blocks of channels on threads, everything in double: f(c0, n), n <= kBlock.
+constexpr i64 kBlock = 64;
+template <class F>
+void parallel_channels(i64 C, i64 work, i64 ctx, const F& f) {
+    parallel(threads_for(work, ctx), ceil_div(C, kBlock), [&](i64 first, i64 last, int) {
+        for (i64 b = first; b < last; ++b) f(b * kBlock, min_of(kBlock, C - b * kBlock));
+    });
+}
+
+template <class A>
+void fill_stat(double mean, double var, const A* weight, const A* bias, double eps, A* stat, i64 C, i64 c) {
+    const double invstd = 1.0 / __builtin_sqrt(var + eps);
+    stat[c] = A(mean);
+    stat[C + c] = A(var);
+    stat[2 * C + c] = A(invstd);
+    stat[3 * C + c] = A(weight ? double(weight[c]) * invstd : invstd);
+    stat[4 * C + c] = bias ? bias[c] : A(0);
+}
+
+template <class A>
+void finalize(const A* part, i64 T, i64 C, const A* weight, const A* bias, double eps, A* stat, i64 ctx) {
+    parallel_channels(C, 3 * T * C, ctx, [=](i64 c0, i64 width) {
+        const A *count = part + c0, *mean = count + T * C, *m2 = mean + T * C;
+        double total[kBlock] = {}, mu[kBlock] = {}, var[kBlock] = {};
+        for (i64 t = 0; t < T; ++t)
+            for (i64 c = 0; c < width; ++c) {
+                total[c] += double(count[t * C + c]);
+                mu[c] += double(count[t * C + c]) * double(mean[t * C + c]);
+            }
+        for (i64 c = 0; c < width; ++c) mu[c] /= total[c];
+        for (i64 t = 0; t < T; ++t)
+            for (i64 c = 0; c < width; ++c) {
+                const double d = double(mean[t * C + c]) - mu[c];
+                var[c] += double(m2[t * C + c]) + double(count[t * C + c]) * d * d;
+            }
+        for (i64 c = 0; c < width; ++c) fill_stat(mu[c], var[c] / total[c], weight, bias, eps, stat, C, c0 + c);
+    });
+}
+
+// kResidual: 0 none, 1 added as it is, 2 normalised by its own statistics first.
+template <class T, int kResidual, bool kMask>
+void apply(const T* x, i64 M, i64 C, const void* stat, const T* residual, const void* rstat, Acc<T> floor, T* out,
+           u8* mask, i64 ctx) {
+    using A = Acc<T>;
+    using V = Vec<T>;
+    const Channels<A> sx(stat, 5, C), sr(rstat, 5, C);
+    const A *mean = sx[0], *scale = sx[3], *bias = sx[4], *rmean = sr[0], *rscale = sr[3], *rbias = sr[4];
+    const i64 pitch = mask_bytes(C);
+    parallel_rows(M, C, ctx, [=](i64 m0, i64 m1) {
+        walk(m0, m1, 0, C, C, [=](auto rows, i64 m, i64 c, auto s) __attribute__((always_inline)) {
+            const V mu = load(mean + c), k = load(scale + c), b = load(bias + c);
+            V rmu{}, rk{}, rb{};
+            if constexpr (kResidual == 2) rmu = load(rmean + c), rk = load(rscale + c), rb = load(rbias + c);
+            for (int u = 0; u < rows.value; ++u) {
+                const i64 at = (m + u) * C + c;
+                V v = fma(s.load(x + at) - mu, k, b);
+                if constexpr (kResidual == 1) v += s.load(residual + at);
+                if constexpr (kResidual == 2) v += fma(s.load(residual + at) - rmu, rk, rb);
+                if constexpr (kMask) s.bits(mask + (m + u) * pitch + c / 8, passed(v, zero_limit(T())));
+                s.store(out + at, at_least(v, V{} + floor));
+            }
+        });
+    });
+}
+
+// f(A()) with the accumulator type of a dtype code.
+template <class F>
+void with_acc(int dtype, const F& f) {
+    with_type(dtype, [&](auto t) { f(Acc<decltype(t)>()); });
+}
+
+}  // namespace
+
+void bn_stats(int dtype, const void* x, i64 M, i64 C, i64 T, void* part, i64 ctx) {
+    with_type(dtype, [&](auto t) {
+        using X = decltype(t);
+        stats(static_cast<const X*>(x), M, C, T, static_cast<Acc<X>*>(part), ctx);
+    });
+}
+
+void bn_finalize(int dtype, const void* part, i64 T, i64 C, const void* weight, const void* bias, double eps,
+                 void* stat, i64 ctx) {
+    with_acc(dtype, [&](auto a) {
+        using A = decltype(a);
+        finalize(static_cast<const A*>(part), T, C, static_cast<const A*>(weight), static_cast<const A*>(bias), eps,
+                 static_cast<A*>(stat), ctx);
+    });
+}
+
+void bn_fold(int dtype, const void* running_mean, const void* running_var, const void* weight, const void* bias,
+             double eps, i64 C, void* stat, i64) {
+    with_acc(dtype, [&](auto a) {
+        using A = decltype(a);
+        for (i64 c = 0; c < C; ++c)
+            fill_stat(double(static_cast<const A*>(running_mean)[c]), double(static_cast<const A*>(running_var)[c]),
+                      static_cast<const A*>(weight), static_cast<const A*>(bias), eps, static_cast<A*>(stat), C, c);
+    });
+}
+
+void bn_apply(int dtype, const void* x, i64 M, i64 C, const void* stat, const void* residual, const void* rstat,
+              int relu, void* out, u8* mask, i64 ctx) {
+    with_type(dtype, [&](auto t) {
+        using T = decltype(t);
+        // Without ReLU the floor is minus infinity: the same code, no branch.
+        const Acc<T> floor = relu ? 0 : -__builtin_inff();
+        const auto run = [&](auto mode) {
+            with_flag(mask != nullptr, [&](auto has_mask) {
+                apply<T, mode.value, has_mask.value>(static_cast<const T*>(x), M, C, stat,
+                                                     static_cast<const T*>(residual), rstat, floor,
+                                                     static_cast<T*>(out), mask, ctx);
+            });
+        };
+        if (!residual)
+            run(Constant<0>());
+        else if (!rstat)
+            run(Constant<1>());
+        else
+            run(Constant<2>());
+    });
+}
+
+}  // namespace FASTRES_BACKEND

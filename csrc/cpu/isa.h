@@ -1,0 +1,41 @@
+// The same kernels once per instruction set, chosen at run time.
+// Every op file is compiled several times, each time with other flags and FASTRES_BACKEND=cpu_<isa>; isa/table.cpp
+// collects the functions of one instruction set, isa.cpp forwards the functions of launch.h to the chosen table.
+#pragma once
+#include <string>
+#include <vector>
+
+namespace cpu_isa {
+
+using Entry = void (*)();  // a launch function with its type erased
+
+// The functions of launch.h, in its order.
+#define FASTRES_FUNCTIONS(X)                                                                                       \
+    X(add_relu_fwd)                                                                                                \
+    X(add_relu_bwd)                                                                                                \
+    X(bn_stats)                                                                                                    \
+    X(bn_finalize)                                                                                                 \
+    X(bn_fold)                                                                                                     \
+    X(bn_apply)                                                                                                    \
+    X(bn_bwd_reduce)                                                                                               \
+    X(bn_bwd_finalize)                                                                                             \
+    X(bn_bwd_apply)                                                                                                \
+    X(bias_act)                                                                                                    \
+    X(mask_add)                                                                                                    \
+    X(stem_fwd)                                                                                                    \
+    X(stem_bwd_reduce)                                                                                             \
+    X(stem_bwd_apply)
+
+enum Index {
+#define FASTRES_INDEX(name) k_##name,
+    FASTRES_FUNCTIONS(FASTRES_INDEX)
+#undef FASTRES_INDEX
+};
+
+// Instruction sets that were compiled and that this machine can run, the best first.
+std::vector<std::string> available();
+// Chosen on first use: FASTRES_ISA, else the best. Throws std::invalid_argument for a name that is not available.
+std::string current();
+void set(const std::string& name);
+
+}  // namespace cpu_isa

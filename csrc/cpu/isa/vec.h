@@ -1,0 +1,422 @@
+// Vectors of L lanes (8, or 16 with AVX-512) over GCC/Clang vector extensions, with intrinsics where they matter.
+// Activations are float, bf16, fp16 or double in memory; lanes are their accumulator type, float or double.
+//
+// Everything lives in an anonymous namespace and no std template is used: a function compiled for one instruction
+// set must never be merged by the linker with its twin of another one.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "launch.h"
+
+#define FR_INLINE inline __attribute__((always_inline))
+
+namespace FASTRES_BACKEND {
+namespace {
+
+using u16 = std::uint16_t;
+using u32 = std::uint32_t;
+
+constexpr int L = FASTRES_WIDTH;
+static_assert(L == 8 || L == 16, "a mask byte holds 8 channels");
+
+typedef float vf __attribute__((vector_size(L * 4)));
+typedef double vd __attribute__((vector_size(L * 8)));
+typedef std::int32_t vi __attribute__((vector_size(L * 4)));
+typedef std::uint32_t vu __attribute__((vector_size(L * 4)));
+typedef std::int64_t vl __attribute__((vector_size(L * 8)));
+typedef std::uint16_t vh __attribute__((vector_size(L * 2)));
+typedef std::uint8_t vb __attribute__((vector_size(L)));
+
+struct bf16 {
+    u16 bits;
+};
+struct fp16 {
+    u16 bits;
+};
+
+// Acc: lane type. V: its vector. I: integer vector of lanes of the same size (Lane), the type of a comparison.
+template <class T>
+struct Traits {
+    using Acc = float;
+    using V = vf;
+    using I = vi;
+    using Lane = std::int32_t;
+};
+template <>
+struct Traits<double> {
+    using Acc = double;
+    using V = vd;
+    using I = vl;
+    using Lane = std::int64_t;
+};
+template <class T>
+using Acc = typename Traits<T>::Acc;
+template <class T>
+using Vec = typename Traits<T>::V;
+template <class T>
+using Int = typename Traits<T>::I;
+
+// Unaligned access to memory of any type. Not memcpy: GCC then takes a detour over the stack now and then.
+template <class V, class S>
+FR_INLINE V read(const S* p) {
+    typedef V Unaligned __attribute__((aligned(1), may_alias));
+    return *reinterpret_cast<const Unaligned*>(p);
+}
+template <class V, class S>
+FR_INLINE void write(S* p, V v) {
+    typedef V Unaligned __attribute__((aligned(1), may_alias));
+    *reinterpret_cast<Unaligned*>(p) = v;
+}
+template <class To, class From>
+FR_INLINE To bit_cast(From v) {
+    static_assert(sizeof(To) == sizeof(From));
+    To t;
+    __builtin_memcpy(&t, &v, sizeof t);
+    return t;
+}
+
+// ---- lane arithmetic
+
+FR_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && FASTRES_WIDTH == 8
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FMA__)
+    for (int i = 0; i < L; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return a;
+#else
+    return a * b + c;
+#endif
+}
+FR_INLINE vd fma(vd a, vd b, vd c) {
+#if defined(__FMA__)
+    for (int i = 0; i < L; ++i) a[i] = __builtin_fma(a[i], b[i], c[i]);
+    return a;
+#else
+    return a * b + c;
+#endif
+}
+
+// The greater of v and floor; a NaN in v stays.
+FR_INLINE vf at_least(vf v, vf floor) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)floor, (__m512)v);
+#elif defined(__AVX2__) && FASTRES_WIDTH == 8
+    return (vf)_mm256_max_ps((__m256)floor, (__m256)v);
+#else
+    return v < floor ? floor : v;
+#endif
+}
+FR_INLINE vd at_least(vd v, vd floor) { return v < floor ? floor : v; }
+
+// ---- storage types
+
+FR_INLINE vf from_bf16(vh h) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#elif defined(__AVX2__) && FASTRES_WIDTH == 8
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
+#else
+    return bit_cast<vf>(__builtin_convertvector(h, vu) << 16);
+#endif
+}
+
+// Round to nearest even on the integer, in the upper half of a lane; a NaN becomes 0xffff, a NaN. The native
+// instruction of AVX512-BF16 is not used: it flushes denormals, and the result would depend on the machine.
+FR_INLINE vu bf16_bits(vf v) {
+    const vu u = bit_cast<vu>(v);
+    const vu nan = bit_cast<vu>(v != v);
+    return (u + 0x7fffu + ((u >> 16) & 1u)) | nan;
+}
+FR_INLINE vh to_bf16(vf v) {
+    const vu u = bf16_bits(v);
+#if defined(__AVX512F__)
+    return (vh)_mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)u, 16));
+#elif defined(__AVX2__) && FASTRES_WIDTH == 8
+    const __m256i upper = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                           2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i halves = _mm256_shuffle_epi8((__m256i)u, upper);
+    return (vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
+#else
+    return __builtin_convertvector(u >> 16, vh);
+#endif
+}
+
+#if !defined(__F16C__)
+FR_INLINE float half_to_float(u16 h) {
+    const u32 sign = u32(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
+    if (exponent == 31) return bit_cast<float>(sign | 0x7f800000u | (fraction ? 0x400000u : 0u) | fraction << 13);
+    if (exponent) return bit_cast<float>(sign | (exponent + 112) << 23 | fraction << 13);
+    const float magnitude = float(fraction) * 0x1p-24f;  // exact: zero or subnormal
+    return sign ? -magnitude : magnitude;
+}
+FR_INLINE u16 float_to_half(float f) {
+    const u32 u = bit_cast<u32>(f), sign = (u >> 16) & 0x8000, a = u & 0x7fffffffu;
+    if (a > 0x7f800000u) return u16(sign | 0x7e00 | (a >> 13 & 0x3ff));
+    if (a >= 0x477ff000u) return u16(sign | 0x7c00);  // from 65520 on the nearest is infinity
+    if (a < 0x38800000u) {                             // subnormal: adding 0.5 rounds at 2^-24
+        const float shifted = bit_cast<float>(a) + 0.5f;
+        return u16(sign | (bit_cast<u32>(shifted) - 0x3f000000u));
+    }
+    return u16(sign | ((a + 0xfffu + (a >> 13 & 1) - 0x38000000u) >> 13));
+}
+#endif
+FR_INLINE vf from_fp16(vh h) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__) && FASTRES_WIDTH == 8
+    return (vf)_mm256_cvtph_ps((__m128i)h);
+#elif defined(__F16C__)
+    __m128i part[2];
+    __m256 wide[2];
+    __builtin_memcpy(part, &h, sizeof h);
+    for (int i = 0; i < 2; ++i) wide[i] = _mm256_cvtph_ps(part[i]);
+    return read<vf>(wide);
+#else
+    vf v;
+    for (int i = 0; i < L; ++i) v[i] = half_to_float(h[i]);
+    return v;
+#endif
+}
+FR_INLINE vh to_fp16(vf v) {
+#if defined(__AVX512F__)
+    return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__) && FASTRES_WIDTH == 8
+    return (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+    __m256 wide[2];
+    __m128i part[2];
+    __builtin_memcpy(wide, &v, sizeof v);
+    for (int i = 0; i < 2; ++i) part[i] = _mm256_cvtps_ph(wide[i], _MM_FROUND_TO_NEAREST_INT);
+    return read<vh>(part);
+#else
+    vh h;
+    for (int i = 0; i < L; ++i) h[i] = float_to_half(v[i]);
+    return h;
+#endif
+}
+
+FR_INLINE vf load(const float* p) { return read<vf>(p); }
+FR_INLINE vd load(const double* p) { return read<vd>(p); }
+FR_INLINE vf load(const bf16* p) { return from_bf16(read<vh>(p)); }
+FR_INLINE vf load(const fp16* p) { return from_fp16(read<vh>(p)); }
+FR_INLINE void store(float* p, vf v) { write(p, v); }
+FR_INLINE void store(double* p, vd v) { write(p, v); }
+FR_INLINE void store(bf16* p, vf v) { write(p, to_bf16(v)); }
+FR_INLINE void store(fp16* p, vf v) { write(p, to_fp16(v)); }
+
+// The value as it will be read back from memory.
+FR_INLINE vf rounded(vf v, float) { return v; }
+FR_INLINE vd rounded(vd v, double) { return v; }
+FR_INLINE vf rounded(vf v, bf16) { return bit_cast<vf>(bf16_bits(v) & 0xffff0000u); }
+FR_INLINE vf rounded(vf v, fp16) { return from_fp16(to_fp16(v)); }
+
+// ---- parts of a vector: the first n lanes, 0 < n < L
+
+template <class T>
+FR_INLINE void copy_lanes(T* to, const T* from, int n) {
+    // At most four moves of a fixed size, and branches that go the same way in every row.
+    if constexpr (L == 16)
+        if (n & 8) __builtin_memcpy(to, from, 8 * sizeof(T)), to += 8, from += 8;
+    if (n & 4) __builtin_memcpy(to, from, 4 * sizeof(T)), to += 4, from += 4;
+    if (n & 2) __builtin_memcpy(to, from, 2 * sizeof(T)), to += 2, from += 2;
+    if (n & 1) __builtin_memcpy(to, from, sizeof(T));
+}
+
+// Lanes past n are zero.
+template <class T>
+FR_INLINE Vec<T> load_part(const T* p, int n) {
+#if defined(__AVX512F__)
+    const u32 lanes = (1u << n) - 1;
+    if constexpr (sizeof(T) == 2) {
+        const vh h = (vh)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p);
+        return load(reinterpret_cast<const T*>(&h));
+    } else if constexpr (sizeof(T) == 4) {
+        return (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p);
+    } else
+#endif
+    {
+        T whole[L];
+        __builtin_memset(whole, 0, sizeof whole);
+        copy_lanes(whole, p, n);
+        return load(whole);
+    }
+}
+template <class T>
+FR_INLINE void store_part(T* p, Vec<T> v, int n) {
+#if defined(__AVX512F__)
+    const u32 lanes = (1u << n) - 1;
+    if constexpr (sizeof(T) == 2) {
+        vh h;
+        store(reinterpret_cast<T*>(&h), v);
+        _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(lanes), (__m256i)h);
+    } else if constexpr (sizeof(T) == 4) {
+        _mm512_mask_storeu_ps(p, static_cast<__mmask16>(lanes), (__m512)v);
+    } else
+#endif
+    {
+        T whole[L];
+        store(whole, v);
+        copy_lanes(p, whole, n);
+    }
+}
+
+// ---- the ReLU mask: bit i belongs to lane i
+
+// The greatest value that a dtype rounds to zero: whether the rounded value is <= 0 shows before rounding.
+constexpr float zero_limit(float) { return 0.0f; }
+constexpr double zero_limit(double) { return 0.0; }
+constexpr float zero_limit(bf16) { return 0x1p-134f; }  // half of the least subnormal, a tie that goes to even
+constexpr float zero_limit(fp16) { return 0x1p-25f; }
+
+// !(v <= limit): true for NaN.
+FR_INLINE u32 passed(vf v, float limit) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_NLE_UQ);
+#elif defined(__AVX2__) && FASTRES_WIDTH == 8
+    return u32(_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(limit), _CMP_NLE_UQ)));
+#else
+    u32 bits = 0;
+    for (int i = 0; i < L; ++i) bits |= u32(!(v[i] <= limit)) << i;
+    return bits;
+#endif
+}
+FR_INLINE u32 passed(vd v, double limit) {
+    u32 bits = 0;
+    for (int i = 0; i < L; ++i) bits |= u32(!(v[i] <= limit)) << i;
+    return bits;
+}
+
+// Whether a comparison holds in any lane.
+FR_INLINE bool any(vi comparison) {
+    bool held = false;
+    for (int i = 0; i < L; ++i) held |= comparison[i] != 0;
+    return held;
+}
+FR_INLINE bool any(vl comparison) {
+    bool held = false;
+    for (int i = 0; i < L; ++i) held |= comparison[i] != 0;
+    return held;
+}
+
+FR_INLINE bool any_nan(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q) != 0;
+#elif defined(__AVX2__) && FASTRES_WIDTH == 8
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q)) != 0;
+#else
+    return any(v != v);
+#endif
+}
+FR_INLINE bool any_nan(vd v) { return any(v != v); }
+
+// v where the bit is set, 0 elsewhere, also in place of a NaN.
+FR_INLINE vf keep(vf v, u32 bits) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v);
+#else
+    vi select;
+    for (int i = 0; i < L; ++i) select[i] = 1 << i;
+    const vi lane = (vi{} + std::int32_t(bits)) & select;
+    return bit_cast<vf>(bit_cast<vi>(v) & (lane == select));
+#endif
+}
+FR_INLINE vd keep(vd v, u32 bits) {
+    vl select;
+    for (int i = 0; i < L; ++i) select[i] = std::int64_t(1) << i;
+    const vl lane = (vl{} + std::int64_t(bits)) & select;
+    return bit_cast<vd>(bit_cast<vl>(v) & (lane == select));
+}
+
+// ---- lane spans: a full vector, or the tail of a row
+
+struct Full {
+    template <class T>
+    FR_INLINE Vec<T> load(const T* p) const {
+        return FASTRES_BACKEND::load(p);
+    }
+    template <class T>
+    FR_INLINE void store(T* p, Vec<T> v) const {
+        FASTRES_BACKEND::store(p, v);
+    }
+    FR_INLINE u32 bits(const u8* p) const {
+        if constexpr (L == 8)
+            return *p;
+        else
+            return u32(p[0]) | u32(p[1]) << 8;
+    }
+    FR_INLINE void bits(u8* p, u32 value) const {
+        p[0] = u8(value);
+        if constexpr (L == 16) p[1] = u8(value >> 8);
+    }
+    FR_INLINE vb bytes(const u8* p) const { return read<vb>(p); }
+    FR_INLINE void bytes(u8* p, vb v) const { write(p, v); }
+};
+
+struct Tail {
+    int n;           // lanes that exist
+    bool over_read;  // a whole vector may be read: what follows the row is memory of this task
+
+    template <class T>
+    FR_INLINE Vec<T> load(const T* p) const {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) <= 4) return load_part(p, n);
+#endif
+        return over_read ? FASTRES_BACKEND::load(p) : load_part(p, n);
+    }
+    template <class T>
+    FR_INLINE void store(T* p, Vec<T> v) const {
+        store_part(p, v, n);
+    }
+    FR_INLINE u32 bits(const u8* p) const { return n > 8 ? u32(p[0]) | u32(p[1]) << 8 : p[0]; }
+    FR_INLINE void bits(u8* p, u32 value) const {
+        value &= (1u << n) - 1;
+        p[0] = u8(value);
+        if (n > 8) p[1] = u8(value >> 8);
+    }
+    FR_INLINE vb bytes(const u8* p) const {
+        if (over_read) return read<vb>(p);
+        u8 whole[L] = {};
+        copy_lanes(whole, p, n);
+        return read<vb>(whole);
+    }
+    FR_INLINE void bytes(u8* p, vb v) const {
+        u8 whole[L];
+        write(whole, v);
+        copy_lanes(p, whole, n);
+    }
+};
+
+// Bytes and integer lanes.
+FR_INLINE vi widen(vb b, vf) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepu8_epi32((__m128i)b);
+#elif defined(__AVX2__) && FASTRES_WIDTH == 8
+    return (vi)_mm256_cvtepu8_epi32(_mm_set1_epi64x(bit_cast<std::int64_t>(b)));
+#else
+    return __builtin_convertvector(b, vi);
+#endif
+}
+FR_INLINE vl widen(vb b, vd) { return __builtin_convertvector(b, vl); }
+FR_INLINE vb narrow(vi v) {
+#if defined(__AVX512F__)
+    return (vb)_mm512_cvtepi32_epi8((__m512i)v);
+#elif defined(__AVX2__) && FASTRES_WIDTH == 8
+    const __m256i lowest = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                            0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i quads = _mm256_shuffle_epi8((__m256i)v, lowest);
+    const __m128i joined = _mm_unpacklo_epi32(_mm256_castsi256_si128(quads), _mm256_extracti128_si256(quads, 1));
+    return bit_cast<vb>(_mm_cvtsi128_si64(joined));
+#else
+    return __builtin_convertvector(v, vb);
+#endif
+}
+FR_INLINE vb narrow(vl v) { return __builtin_convertvector(v, vb); }
+
+}  // namespace
+}  // namespace FASTRES_BACKEND

@@ -1,0 +1,122 @@
+"""Options and fixtures of the per-op tests.
+
+``--backends cpu,reference`` limits the per-op tests to some backends. By default all that can run on CPU tensors in
+this process take part; Triton's interpreter needs a process of its own (see test_triton_interpret.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+# importlib mode leaves sys.path alone; the tests share helper modules.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import kernel_cases  # noqa: E402
+
+import fastres  # noqa: E402
+from fastres import dispatch  # noqa: E402
+
+ALL = ("reference", "cpu", "emulator", "triton")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backends", default=",".join(ALL), help=f"per-op tests: comma-separated, of {', '.join(ALL)}")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "computes_in(dtype): the op under test runs in a dtype other than its input's")
+
+
+def _backends(config) -> list[str]:
+    names = config.getoption("--backends").split(",")
+    unknown = sorted(set(names) - set(ALL))
+    if unknown:
+        raise pytest.UsageError(f"--backends: got {', '.join(unknown)}, expected some of {', '.join(ALL)}")
+    return names
+
+
+# Last, so that a backend is the fastest varying parameter and the backends share the cases made before them.
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc):
+    names = _backends(metafunc.config)
+    # The reference is PyTorch's own operators, which check their arguments themselves.
+    if "native" in metafunc.fixturenames:
+        names = [name for name in names if name != "reference"]
+    if "kernels" in metafunc.fixturenames:
+        metafunc.parametrize("kernels", kernel_cases.kernels(names), ids=str, indirect=True)
+    if "backend" in metafunc.fixturenames:
+        here = [name for name in names if not kernel_cases.absent(name)]
+        metafunc.parametrize("backend", here, indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Backends refuse dtypes (test_dispatch.py holds them to their reasons); those combinations are no tests."""
+    refused = [item for item in items if _is_refused(item)]
+    if refused:
+        config.hook.pytest_deselected(items=refused)
+        items[:] = [item for item in items if item not in set(refused)]
+
+
+def _is_refused(item) -> bool:
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    backend = given["kernels"].backend if "kernels" in given else given.get("backend")
+    marker = item.get_closest_marker("computes_in")
+    dtype = marker.args[0] if marker else given.get("dtype")
+    return backend is not None and isinstance(dtype, torch.dtype) and bool(kernel_cases.refuses(backend, dtype))
+
+
+@pytest.fixture
+def kernels(request):
+    """A :class:`kernel_cases.Kernels`, its instruction set or fiber order in force."""
+    with request.param.active():
+        yield request.param
+
+
+@pytest.fixture
+def native(kernels):
+    """The launch functions of a backend other than the reference."""
+    return kernels.launch
+
+
+@pytest.fixture
+def backend(request):
+    """Name of a backend that all fastres ops of the test are forced to use."""
+    with fastres.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that fastres allocates holds NaN or 0xA5 until something is written to it."""
+
+    def poisoning(original):
+        def allocate(*args, **kwargs):
+            t = original(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            ours = caller.startswith("fastres.") and not torch.compiler.is_compiling()
+            if ours and not isinstance(t, FakeTensor) and t.device.type != "meta":
+                with torch.no_grad():
+                    t.fill_(float("nan") if t.is_floating_point() else 0xA5 if t.dtype == torch.uint8 else -1)
+            return t
+
+        return allocate
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def fresh_choice():
+    """The automatic choice is remembered per request; a test that alters a backend must not leave its choice behind."""
+    yield
+    dispatch._automatic.cache_clear()
