@@ -143,7 +143,7 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(available_cpus())
         self.step([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *arguments])
         self.step([cmake, "--build", str(build), "--parallel", jobs])
-        for module, target in self.outputs.items():
+        for target in self.outputs.values():
             # A fresh inode: a process that has the old file mapped keeps it.
             target.unlink(missing_ok=True)
             shutil.copy2(build / "out" / target.name, target)

@@ -124,7 +124,7 @@ def merge(path: Path) -> Path:
 def run_stage(stage: Stage, path: Path, limit: int, extra: dict[str, str] | None = None) -> dict:
     """Run a stage to its end or its limit; its verdict as a row (also appended to the file)."""
     start_over(path, stage.name)
-    command = [part.format(python=sys.executable) for part in stage.command]
+    command = [part.replace("{python}", sys.executable) for part in stage.command]
     row = {"stage": stage.name, "kind": "verdict", "command": shlex.join(command), "limit_s": limit}
     if stage.program and not (extra or shutil.which(stage.program)):
         row |= {"status": "skipped", "why": f"{stage.program} is not on PATH", "seconds": 0.0}
@@ -156,7 +156,7 @@ def run_stage(stage: Stage, path: Path, limit: int, extra: dict[str, str] | None
 
 def plan(stages: list[Stage], limit: int) -> None:
     for stage in stages:
-        shown = shlex.join(part.format(python="python") for part in stage.command)
+        shown = shlex.join(part.replace("{python}", "python") for part in stage.command)
         variables = "".join(f"{key}={value} " for key, value in stage.environment)
         print(f"{stage.name}: {stage.does}\n    {variables}{shown}\n    limit {min(limit, stage.limit)} s", flush=True)
 

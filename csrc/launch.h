@@ -16,7 +16,7 @@
 //           A normalised value is fma(x - mean, scale, bias), rounded to dtype once, after a
 //           residual was added; the ReLU and its mask look at the rounded value.
 //   part    acc [planes, T, C]: per-tile partial results; tile t owns rows [t*R, min((t+1)*R, M))
-//           with R = ceil(M/T). Merged in ascending t: the same bits on every run.
+//           with R = ceil(M/T). Merged in an order that depends on T alone: the same bits on every run.
 //   coef    acc [3, C]: dx = coef0*g + coef1*(x - mean) + coef2, with g the masked gradient.
 //   null    a pointer marked "or null" may be null.
 //   alias   dx may be the very buffer grad (bn_bwd_apply), out the very buffer x (bn_apply, bias_act) or a (mask_add).

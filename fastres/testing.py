@@ -103,8 +103,7 @@ def within_budget(
     if wrong.any():
         return Verdict(False, math.inf, 0.0, f"{what}: {_listing(wrong, got, want, peer)}")
     zero = torch.zeros((), dtype=torch.float64, device=want.device)
-    if scale is None:
-        scale = max(torch.where(special, zero, want.abs()).max().item(), torch.finfo(ours.dtype).tiny)
+    scale = max(scale_of(want) if scale is None else scale, torch.finfo(ours.dtype).tiny)
     error = torch.where(special, zero, (got - want).abs()) / scale
     theirs = None
     if peer is not None:
@@ -123,6 +122,11 @@ def within_budget(
         return Verdict(True, e, limit, text)
     beyond = error > limit if norm == "max" else error >= error.max()
     return Verdict(False, e, limit, f"{text}; {_listing(beyond, got, want, peer)}")
+
+
+def scale_of(t: Tensor) -> float:
+    """Largest finite magnitude in ``t``, 0 if there is none."""
+    return t.detach().abs().nan_to_num(0.0, 0.0).max().item() if t.numel() else 0.0
 
 
 def _norm(t: Tensor, norm: str) -> float:
@@ -153,7 +157,7 @@ def rounded_once(ours: Tensor, truth: Tensor, *, roundings: int = 16, scale: flo
     if ours.numel() == 0:
         return Verdict(True, 0.0, 0.0, f"{what}: empty")
     if scale is None:
-        scale = max(1.0, truth.abs().nan_to_num(0.0, 0.0).max().item())
+        scale = max(1.0, scale_of(truth))
     info = torch.finfo(ours.dtype)
     got = ours.detach().double()
     # ULP of an element: spacing of the dtype in its binade; fp16 has subnormals below `tiny`.

@@ -64,10 +64,11 @@ def pytest_collection_modifyitems(config, items):
 
 def _is_refused(item) -> bool:
     given = item.callspec.params if hasattr(item, "callspec") else {}
-    backend = given["kernels"].backend if "kernels" in given else given.get("backend")
+    # Without any backend pytest skips the test and says so; it has no value to look at then.
+    backend = getattr(given.get("kernels"), "backend", given.get("backend"))
     marker = item.get_closest_marker("computes_in")
     dtype = marker.args[0] if marker else given.get("dtype")
-    return backend is not None and isinstance(dtype, torch.dtype) and bool(kernel_cases.refuses(backend, dtype))
+    return isinstance(backend, str) and isinstance(dtype, torch.dtype) and bool(kernel_cases.refuses(backend, dtype))
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def compare(
             # Before a BN with batch statistics the bias of a convolution has no effect: its gradient is all
             # cancellation, of the terms that its weight's gradient sums.
             beside = truth.grads.get(what.removeprefix("grads").replace(".bias", ".weight"))
-            scale = max((t.abs().max().item() for t in (c, beside) if t is not None and t.numel()), default=None)
+            scale = max(testing.scale_of(t) for t in (c, beside) if t is not None)
             verdict = testing.within_budget(a, b, c, terms=terms, norms=norms, scale=scale, what=what)
         assert verdict, verdict.message
     return got

@@ -69,8 +69,11 @@ def test_against_pytorch(backend, dtype, form, training):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 def test_huge_mean(backend, dtype):
-    args = make("two BNs", dtype, (2, 8, 9, 9), kind="huge_mean")
-    public_cases.compare(fastres.batch_norm_act, batch_norm_act_ref, args, terms=16 * rows((2, 8, 9, 9)))
+    shape = (2, 8, 9, 9)
+    args = make("two BNs", dtype, shape, kind="huge_mean")
+    # PyTorch's float64, the truth for float64 too, has lost the digits of the mean: a condition of 4096.
+    condition = 4096 if dtype == torch.float64 else 1
+    public_cases.compare(fastres.batch_norm_act, batch_norm_act_ref, args, terms=rows(shape) * condition)
 
 
 def test_real_shape(backend):
@@ -134,6 +137,23 @@ def test_mask_near_zero(backend, dtype):
     passed = got.grads["['residual']"] != 0
     verdict = testing.mask_verdict(passed, pre, 32 * torch.finfo(torch.float32).eps * pre.abs().max().item())
     assert verdict, verdict.message
+
+
+def test_nan_and_infinity(backend):
+    """They stay where they are with given statistics; NaN passes the ReLU's gradient, as in PyTorch."""
+    for form in FORMS:
+        args = make(form, training=False)
+        with torch.no_grad():
+            for value, channel in ((float("nan"), 1), (float("inf"), 2), (-float("inf"), 3)):
+                args["x"][0, channel, 2, 2] = value
+        public_cases.compare(fastres.batch_norm_act, batch_norm_act_ref, args, terms=rows(), backward=False)
+        if form == "residual":
+            grad = torch.ones(SHAPE)
+            ours, expected = (
+                public_cases.outcome(fn, args, grad=grad).grads["['residual']"]
+                for fn in (fastres.batch_norm_act, batch_norm_act_ref)
+            )
+            assert torch.equal(ours, expected) and ours[0, 1, 2, 2] == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64], ids=NAMES.get)
@@ -236,4 +256,3 @@ def test_nothing_moves_without_training(backend):
     for bn, fresh in ((args["bn"], make("two BNs")["bn"]), (args["residual_bn"], make("two BNs")["residual_bn"])):
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             assert torch.equal(getattr(bn, name), getattr(fresh, name)), name
-

@@ -158,9 +158,7 @@ def test_folded(backend, dtype, geometry):
     for form, relu in (("plain", True), ("residual", True), ("plain", False)):
         args = make(form, dtype, geometry, training=False, requires_grad=False)
         args = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in args.items()}
-        public_cases.compare(
-            _folded, conv_bn_act_ref, args, terms=terms(args), backward=False, options=dict(relu=relu)
-        )
+        public_cases.compare(_folded, conv_bn_act_ref, args, terms=terms(args), backward=False, options=dict(relu=relu))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)

@@ -80,8 +80,8 @@ def test_a_stage_that_hangs_is_ended_with_its_children_and_keeps_its_rows(gpu_ch
         "time.sleep(60)\n"
     )
     start = time.monotonic()
-    verdict = gpu_check.run_stage(script(gpu_check, "hangs", hang), path, 3)
-    assert time.monotonic() - start < 30
+    verdict = gpu_check.run_stage(script(gpu_check, "hangs", hang), path, 10)
+    assert time.monotonic() - start < 40
     assert verdict["status"] == "out of time"
     assert [row.get("found") for row in gpu_check.read_rows(path)] == [1, None]
     pid = int((tmp_path / "pid").read_text())

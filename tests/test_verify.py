@@ -33,9 +33,7 @@ def outputs(function: str, kwargs: dict) -> list[torch.Tensor]:
     inputs = {"bn_finalize": "part", "bn_bwd_finalize": "part stat", "stem_bwd_reduce": "idx stat",
               "stem_bwd_apply": "idx stat coef", "bn_bwd_apply": "stat coef mask", "bn_bwd_reduce": "stat mask",
               "bn_apply": "stat", "stem_fwd": "stat", "mask_add": "mask", "add_relu_bwd": "mask"}  # fmt: skip
-    return [
-        kwargs[n] for n in names if kwargs.get(n) is not None and n not in inputs.get(function, "").split()
-    ]
+    return [kwargs[n] for n in names if kwargs.get(n) is not None and n not in inputs.get(function, "").split()]
 
 
 def wrong_by(function: str, damage):

@@ -46,7 +46,7 @@ def _add_relu_bwd_kernel(grad_ptr, mask_ptr, n, dx_ptr, ALIGNED: tl.constexpr, B
 def add_relu_fwd(x, residual, n, out, mask):
     if n == 0:
         return
-    tile = configs.pick("add_relu_fwd", x.element_size(), 64)
+    tile = configs.pick_flat("add_relu_fwd", x.element_size(), n)
     grid = (configs.blocks(n, tile.BM * tile.BC),)
     _add_relu_fwd_kernel[grid](x, residual, n, out, mask, ALIGNED=n % 8 == 0, **tile.launch())
 
@@ -54,6 +54,6 @@ def add_relu_fwd(x, residual, n, out, mask):
 def add_relu_bwd(grad, mask, n, dx):
     if n == 0:
         return
-    tile = configs.pick("add_relu_bwd", grad.element_size(), 64)
+    tile = configs.pick_flat("add_relu_bwd", grad.element_size(), n)
     grid = (configs.blocks(n, tile.BM * tile.BC),)
     _add_relu_bwd_kernel[grid](grad, mask, n, dx, ALIGNED=n % 8 == 0, **tile.launch())

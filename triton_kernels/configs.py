@@ -102,19 +102,28 @@ _ROWS = {(row.kernel, row.itemsize): row for row in TABLE}
 
 
 @functools.cache
+def _adapted(kernel: str, itemsize: int, C: int, aligned: bool) -> Tile:
+    row = _ROWS[kernel, itemsize]
+    BM, BC = row.BM, row.BC
+    while BC > 8 and BC // 2 >= C:
+        BM, BC = 2 * BM, BC // 2
+    if not aligned and row.elements >= 16:
+        BM //= 2
+    return dataclasses.replace(row, BM=BM, BC=BC)
+
+
 def pick(kernel: str, itemsize: int, C: int) -> Tile:
     """The tile of ``kernel`` for C channels.
 
     A narrow C halves BC and doubles BM: the same elements a thread. A C that is no multiple of 8 halves BM where
     8 elements a thread remain: element-wise access takes a 64-bit address for each element.
     """
-    row = _ROWS[kernel, itemsize]
-    BM, BC = row.BM, row.BC
-    while BC > 8 and BC // 2 >= C:
-        BM, BC = 2 * BM, BC // 2
-    if C % 8 and row.elements >= 16:
-        BM //= 2
-    return dataclasses.replace(row, BM=BM, BC=BC)
+    return _adapted(kernel, itemsize, C, C % 8 == 0)
+
+
+def pick_flat(kernel: str, itemsize: int, n: int) -> Tile:
+    """The tile of a flat kernel over n elements, ``BM * BC`` of them a program; halved as in `pick`."""
+    return _adapted(kernel, itemsize, _ROWS[kernel, itemsize].BC, n % 8 == 0)
 
 
 def blocks(C: int, BC: int) -> int:

@@ -52,14 +52,21 @@ struct Reduce {
     void run(i64 M, i64 T_, A* part, i64 ctx) const {
         constexpr int planes = kSecond ? 3 : 2;
         const Tiling tiling(M, C, T_, ctx);
-        const i64 pitch = padded(tiling.width);
-        const Scratch scratch(tiling.threads * planes * pitch * sizeof(A));
+        const i64 pitch = padded(tiling.width), size = planes * pitch;
+        const Scratch scratch(tiling.threads * 2 * size * sizeof(A));
         tiling.run([&](i64 t, i64 m0, i64 m1, i64 c0, i64 c1, int thread) {
-            A* work = static_cast<A*>(scratch.get()) + thread * planes * pitch;
-            __builtin_memset(work, 0, planes * pitch * sizeof(A));
-            tile(m0, m1, c0, c1, work, pitch);
+            // Sums of a few rows, and the sum of those: digits, as in pairwise summation.
+            A *const few = static_cast<A*>(scratch.get()) + thread * 2 * size, *const all = few + size;
+            __builtin_memset(few, 0, 2 * size * sizeof(A));
+            for (i64 r0 = m0; r0 < m1; r0 += kChunk) {
+                tile(r0, min_of(r0 + kChunk, m1), c0, c1, few, pitch);
+                for (i64 i = 0; i < size; i += L) {
+                    store(all + i, load(all + i) + load(few + i));
+                    store(few + i, V{});
+                }
+            }
             for (int p = 0; p < planes; ++p)
-                __builtin_memcpy(part + (p * T_ + t) * C + c0, work + p * pitch, (c1 - c0) * sizeof(A));
+                __builtin_memcpy(part + (p * T_ + t) * C + c0, all + p * pitch, (c1 - c0) * sizeof(A));
         });
     }
 };
@@ -105,26 +112,21 @@ struct Apply {
 template <class A>
 void finalize(const A* part, i64 plane, i64 T, i64 M, i64 C, const A* stat, int batch_stats, A* dweight, A* dbias,
               A* coef, i64 ctx) {
-    constexpr i64 kBlock = 64;
-    parallel(threads_for(2 * T * C, ctx), ceil_div(C, kBlock), [=](i64 first, i64 last, int) {
-        for (i64 b = first; b < last; ++b) {
-            const i64 base = b * kBlock, width = min_of(kBlock, C - base);
-            const A *g = part + base, *gx = part + plane * T * C + base;
-            double sum_g[kBlock] = {}, sum_gx[kBlock] = {};
-            for (i64 t = 0; t < T; ++t)
-                for (i64 c = 0; c < width; ++c) {
-                    sum_g[c] += double(g[t * C + c]);
-                    sum_gx[c] += double(gx[t * C + c]);
-                }
-            for (i64 i = 0; i < width; ++i) {
-                const i64 c = base + i;
-                const double invstd = double(stat[2 * C + c]), scale = double(stat[3 * C + c]);
-                if (dweight) dweight[c] = A(sum_gx[i] * invstd);
-                if (dbias) dbias[c] = A(sum_g[i]);
-                coef[c] = A(scale);
-                coef[C + c] = batch_stats ? A(-scale * invstd * invstd * sum_gx[i] / double(M)) : A(0);
-                coef[2 * C + c] = batch_stats ? A(-scale * sum_g[i] / double(M)) : A(0);
-            }
+    parallel_channels(T, C, ctx, [=](i64 c0, auto s, int lanes) {
+        const A *g = part + c0, *gx = g + plane * T * C;
+        vd sum_g{}, sum_gx{};
+        for (i64 t = 0; t < T; ++t) {
+            sum_g += wide(s.load(g + t * C));
+            sum_gx += wide(s.load(gx + t * C));
+        }
+        for (int i = 0; i < lanes; ++i) {
+            const i64 c = c0 + i;
+            const double invstd = double(stat[2 * C + c]), scale = double(stat[3 * C + c]);
+            if (dweight) dweight[c] = A(sum_gx[i] * invstd);
+            if (dbias) dbias[c] = A(sum_g[i]);
+            coef[c] = A(scale);
+            coef[C + c] = batch_stats ? A(-scale * invstd * invstd * sum_gx[i] / double(M)) : A(0);
+            coef[2 * C + c] = batch_stats ? A(-scale * sum_g[i] / double(M)) : A(0);
         }
     });
 }

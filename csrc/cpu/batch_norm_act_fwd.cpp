@@ -4,8 +4,6 @@
 namespace FASTRES_BACKEND {
 namespace {
 
-// Bytes of x per chunk of bn_stats: small enough to be read again from L2.
-constexpr i64 kChunk = 96 * 1024;
 constexpr i64 kSamples = 8;
 constexpr i64 kWork = 5;
 
@@ -24,7 +22,6 @@ void tile_stats(const T* x, i64 C, i64 m0, i64 m1, i64 c0, i64 c1, Acc<T>* work,
     A* const square = sum + pitch;
     A* const again = square + pitch;
     constexpr A kFar = 16;  // squared distance of shift and mean, in variances
-    const i64 chunk = max_of(16, kChunk / ((c1 - c0) * i64(sizeof(T))) / kRows * kRows);
 
     const i64 samples = min_of(kSamples, m1 - m0), step = (m1 - m0) / samples;
     walk(m0, m0 + 1, c0, c1, C, [=](auto, i64 m, i64 c, auto s) __attribute__((always_inline)) {
@@ -35,8 +32,8 @@ void tile_stats(const T* x, i64 C, i64 m0, i64 m1, i64 c0, i64 c1, Acc<T>* work,
         store(mean + c, first + a / A(samples));
         store(m2 + c, V{});
     });
-    for (i64 r0 = m0; r0 < m1; r0 += chunk) {
-        const i64 r1 = min_of(r0 + chunk, m1);
+    for (i64 r0 = m0; r0 < m1; r0 += kChunk) {
+        const i64 r1 = min_of(r0 + kChunk, m1);
         const A before = A(r0 - m0), n = A(r1 - r0);
         for (i64 c = c0; c < c1; c += L) {
             store(sum + c, V{});
@@ -107,15 +104,6 @@ void stats(const T* x, i64 M, i64 C, i64 T_, Acc<T>* part, i64 ctx) {
     });
 }
 
-// Blocks of channels on threads, everything in double: f(c0, n), n <= kBlock.
-constexpr i64 kBlock = 64;
-template <class F>
-void parallel_channels(i64 C, i64 work, i64 ctx, const F& f) {
-    parallel(threads_for(work, ctx), ceil_div(C, kBlock), [&](i64 first, i64 last, int) {
-        for (i64 b = first; b < last; ++b) f(b * kBlock, min_of(kBlock, C - b * kBlock));
-    });
-}
-
 template <class A>
 void fill_stat(double mean, double var, const A* weight, const A* bias, double eps, A* stat, i64 C, i64 c) {
     const double invstd = 1.0 / __builtin_sqrt(var + eps);
@@ -128,21 +116,21 @@ void fill_stat(double mean, double var, const A* weight, const A* bias, double e
 
 template <class A>
 void finalize(const A* part, i64 T, i64 C, const A* weight, const A* bias, double eps, A* stat, i64 ctx) {
-    parallel_channels(C, 3 * T * C, ctx, [=](i64 c0, i64 width) {
-        const A *count = part + c0, *mean = count + T * C, *m2 = mean + T * C;
-        double total[kBlock] = {}, mu[kBlock] = {}, var[kBlock] = {};
-        for (i64 t = 0; t < T; ++t)
-            for (i64 c = 0; c < width; ++c) {
-                total[c] += double(count[t * C + c]);
-                mu[c] += double(count[t * C + c]) * double(mean[t * C + c]);
-            }
-        for (i64 c = 0; c < width; ++c) mu[c] /= total[c];
-        for (i64 t = 0; t < T; ++t)
-            for (i64 c = 0; c < width; ++c) {
-                const double d = double(mean[t * C + c]) - mu[c];
-                var[c] += double(m2[t * C + c]) + double(count[t * C + c]) * d * d;
-            }
-        for (i64 c = 0; c < width; ++c) fill_stat(mu[c], var[c] / total[c], weight, bias, eps, stat, C, c0 + c);
+    const A *count = part, *mean = count + T * C, *m2 = mean + T * C;
+    parallel_channels(T, C, ctx, [=](i64 c, auto s, int lanes) {
+        // Around the mean of the first tile, in one pass: at most log2(T) bits of a double are lost.
+        const vd shift = wide(s.load(mean + c));
+        vd total{}, sum{}, square{};
+        for (i64 t = 0; t < T; ++t) {
+            const i64 at = t * C + c;
+            const vd n = wide(s.load(count + at)), d = wide(s.load(mean + at)) - shift;
+            total += n;
+            sum += n * d;
+            square += wide(s.load(m2 + at)) + n * d * d;
+        }
+        const vd delta = sum / total, var = (square - sum * delta) / total;
+        for (int i = 0; i < lanes; ++i)
+            fill_stat(shift[i] + delta[i], var[i] < 0 ? 0.0 : var[i], weight, bias, eps, stat, C, c + i);
     });
 }
 

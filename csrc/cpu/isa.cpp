@@ -9,9 +9,9 @@
 #include <cpuid.h>
 #endif
 
-#define FASTRES_DECLARE(isa)       \
-    namespace cpu_##isa {          \
-    extern const cpu_isa::Entry table[]; \
+#define FASTRES_DECLARE(isa)                 \
+    namespace cpu_##isa {                    \
+        extern const cpu_isa::Entry table[]; \
     }
 FASTRES_DECLARE(scalar)
 #ifdef FASTRES_HAS_AVX2
@@ -70,7 +70,8 @@ const Isa& find(const std::string& name, const char* who) {
         if (name == isa.name) return isa;
         offered += (offered.empty() ? "" : ", ") + std::string(isa.name);
     }
-    throw std::invalid_argument(std::string(who) + " must be one of " + offered + " on this machine, got '" + name + "'");
+    throw std::invalid_argument(std::string(who) + " must be one of " + offered + " on this machine, got '" + name +
+                                "'");
 }
 
 const Isa& choose() {
@@ -104,10 +105,8 @@ void set(const std::string& name) { chosen.store(&find(name, "set_isa: name"), s
 
 namespace cpu {
 
-#define FORWARD(name, parameters, ...)                                                                         \
-    void name parameters {                                                                                     \
-        reinterpret_cast<decltype(&name)>(cpu_isa::choose().table[cpu_isa::k_##name])(__VA_ARGS__);            \
-    }
+#define FORWARD(name, parameters, ...) \
+    void name parameters { reinterpret_cast<decltype(&name)>(cpu_isa::choose().table[cpu_isa::k_##name])(__VA_ARGS__); }
 
 FORWARD(add_relu_fwd, (int dtype, const void* x, const void* residual, i64 n, void* out, u8* mask, i64 ctx), dtype, x,
         residual, n, out, mask, ctx)

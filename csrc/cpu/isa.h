@@ -10,20 +10,20 @@ namespace cpu_isa {
 using Entry = void (*)();  // a launch function with its type erased
 
 // The functions of launch.h, in its order.
-#define FASTRES_FUNCTIONS(X)                                                                                       \
-    X(add_relu_fwd)                                                                                                \
-    X(add_relu_bwd)                                                                                                \
-    X(bn_stats)                                                                                                    \
-    X(bn_finalize)                                                                                                 \
-    X(bn_fold)                                                                                                     \
-    X(bn_apply)                                                                                                    \
-    X(bn_bwd_reduce)                                                                                               \
-    X(bn_bwd_finalize)                                                                                             \
-    X(bn_bwd_apply)                                                                                                \
-    X(bias_act)                                                                                                    \
-    X(mask_add)                                                                                                    \
-    X(stem_fwd)                                                                                                    \
-    X(stem_bwd_reduce)                                                                                             \
+#define FASTRES_FUNCTIONS(X) \
+    X(add_relu_fwd)          \
+    X(add_relu_bwd)          \
+    X(bn_stats)              \
+    X(bn_finalize)           \
+    X(bn_fold)               \
+    X(bn_apply)              \
+    X(bn_bwd_reduce)         \
+    X(bn_bwd_finalize)       \
+    X(bn_bwd_apply)          \
+    X(bias_act)              \
+    X(mask_add)              \
+    X(stem_fwd)              \
+    X(stem_bwd_reduce)       \
     X(stem_bwd_apply)
 
 enum Index {

@@ -8,11 +8,13 @@
 namespace cpu {
 
 void extras(pybind11::module_& m) {
-    m.def("available_isas", &cpu_isa::available, "Instruction sets this build can use on this machine, the best first.");
+    m.def("available_isas", &cpu_isa::available,
+          "Instruction sets this build can use on this machine, the best first.");
     m.def("isa", &cpu_isa::current, "The instruction set in use: FASTRES_ISA, set_isa, or the best one.");
     m.def("set_isa", &cpu_isa::set, pybind11::arg("name"), "Use another instruction set; ValueError if unavailable.");
     m.def("set_openmp", &cpu_runtime::set_openmp, pybind11::arg("parallel"), pybind11::arg("thread_num"),
-          pybind11::arg("num_threads"), "Addresses of GOMP_parallel, omp_get_thread_num, omp_get_num_threads, or 0, 0, 0.");
+          pybind11::arg("num_threads"),
+          "Addresses of GOMP_parallel, omp_get_thread_num, omp_get_num_threads, or 0, 0, 0.");
     m.def("has_openmp", &cpu_runtime::has_openmp, "Whether more than one thread can run.");
 }
 

@@ -4,10 +4,10 @@
 namespace FASTRES_BACKEND {
 namespace {
 
-constexpr int kNone = 255;       // idx where no gradient passes
-constexpr int kMaxTaps = 225;    // k*k, so that a tap and kNone fit a byte
-constexpr i64 kStemBlock = 64;   // channels per task of stem_fwd: k normalised rows of them stay in L2
-constexpr i64 kStemRows = 8;     // pooled rows per task of stem_fwd: k - stride rows are normalised twice
+constexpr int kNone = 255;      // idx where no gradient passes
+constexpr int kMaxTaps = 225;   // k*k, so that a tap and kNone fit a byte
+constexpr i64 kStemBlock = 64;  // channels per task of stem_fwd: k normalised rows of them stay in L2
+constexpr i64 kStemRows = 8;    // pooled rows per task of stem_fwd: k - stride rows are normalised twice
 
 struct Pool {
     i64 N, H, W, C, P, Q, k, stride, pad;
@@ -73,9 +73,11 @@ struct Forward {
                 const i64 w = q * p.stride - p.pad, m = (n * p.P + y) * p.Q + q;
                 const i64 s0 = Pool::first_tap(w), s1 = p.last_tap(w, p.W);
                 if (p.k == 3 && (r1 - r0) * (s1 - s0) == 9)
-                    pixel(row, w * pitch - c0, 0, Constant<3>(), 0, Constant<3>(), Constant<3>(), m, c0, c1, pitch, taps);
+                    pixel(row, w * pitch - c0, 0, Constant<3>(), 0, Constant<3>(), Constant<3>(), m, c0, c1, pitch,
+                          taps);
                 else
-                    pixel(row, w * pitch - c0, r0, Variable{r1}, s0, Variable{s1}, Variable{p.k}, m, c0, c1, pitch, taps);
+                    pixel(row, w * pitch - c0, r0, Variable{r1}, s0, Variable{s1}, Variable{p.k}, m, c0, c1, pitch,
+                          taps);
             }
         }
     }
@@ -167,8 +169,7 @@ void reduce(const Pool& p, const T* grad, const u8* idx, const T* x, const Acc<T
                 const Int<T> code = widen(span.bytes(idx + at + c), V{});
                 const V g = code == kNone ? V{} : span.load(grad + at + c);
                 V chosen = mu;
-                for (i64 i = 0; i < count.value; ++i)
-                    chosen = code == by[i].tap ? span.load(x + by[i].at + c) : chosen;
+                for (i64 i = 0; i < count.value; ++i) chosen = code == by[i].tap ? span.load(x + by[i].at + c) : chosen;
                 store(sum_g + c, load(sum_g + c) + g);
                 store(sum_gx + c, fma(g, chosen - mu, load(sum_gx + c)));
             });
@@ -183,7 +184,7 @@ void apply(const Pool& p, const T* grad, const u8* idx, const T* x, const Acc<T>
            T* dx, i64 ctx) {
     using V = Vec<T>;
     const i64 M = p.N * p.P * p.Q, pixels = p.N * p.H * p.W;
-    const Acc<T> *c0 = coef[0], *c1 = coef[1], *c2 = coef[2];
+    const Acc<T>*c0 = coef[0], *c1 = coef[1], *c2 = coef[2];
     parallel(threads_for(pixels * p.C, ctx), p.N * p.H, [&](i64 first, i64 last_row, int) {
         for (i64 row = first; row < last_row; ++row) {
             const i64 n = row / p.H, h = row % p.H;
@@ -198,16 +199,16 @@ void apply(const Pool& p, const T* grad, const u8* idx, const T* x, const Acc<T>
                 const i64 at = (row * p.W + w) * p.C;
                 const i64 last = max_of(at - pixels * p.C, windows ? seen[windows - 1].at - M * p.C : -M * p.C);
                 const Seen* const by = seen;
-                channels<1, 2, 4>(0, p.C, last, windows, [=](i64 c, auto span, auto count)
-                                                             __attribute__((always_inline)) {
-                    V g{};
-                    for (i64 i = 0; i < count.value; ++i) {
-                        const Int<T> code = widen(span.bytes(idx + by[i].at + c), V{});
-                        g += code == by[i].tap ? span.load(grad + by[i].at + c) : V{};
-                    }
-                    const V d = span.load(x + at + c) - load(mean + c);
-                    span.store(dx + at + c, fma(load(c0 + c), g, fma(load(c1 + c), d, load(c2 + c))));
-                });
+                channels<1, 2, 4>(0, p.C, last, windows,
+                                  [=](i64 c, auto span, auto count) __attribute__((always_inline)) {
+                                      V g{};
+                                      for (i64 i = 0; i < count.value; ++i) {
+                                          const Int<T> code = widen(span.bytes(idx + by[i].at + c), V{});
+                                          g += code == by[i].tap ? span.load(grad + by[i].at + c) : V{};
+                                      }
+                                      const V d = span.load(x + at + c) - load(mean + c);
+                                      span.store(dx + at + c, fma(load(c0 + c), g, fma(load(c1 + c), d, load(c2 + c))));
+                                  });
             }
         }
     });
@@ -221,8 +222,13 @@ void stem_fwd(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, const void* 
         using T = decltype(t);
         const Channels<Acc<T>> s(stat, 5, C);
         if (N * P * Q * C > 0)
-            Forward<T>{{N, H, W, C, P, Q, k, stride, pad}, static_cast<const T*>(x), s[0], s[3], s[4],
-                       static_cast<T*>(out), idx}
+            Forward<T>{{N, H, W, C, P, Q, k, stride, pad},
+                       static_cast<const T*>(x),
+                       s[0],
+                       s[3],
+                       s[4],
+                       static_cast<T*>(out),
+                       idx}
                 .run(ctx);
     });
 }

@@ -22,7 +22,9 @@ _one_thread = ""
 
 def _openmp_symbols() -> tuple[list[int], str]:
     """Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads in torch's OpenMP runtime."""
-    library = next((p for p in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*") if p.suffix != ".lib"), None)
+    library = next(
+        (p for p in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*") if p.suffix != ".lib"), None
+    )
     # Looked up through libtorch_cpu, a symbol resolves to the very runtime torch is linked to, even where other
     # packages have brought their own. A torch that links everything into the process is covered by None.
     # RTLD_NOLOAD: nothing new may be loaded.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,15 +63,15 @@ def _describe(t: torch.Tensor) -> str:
 
 def is_nhwc(t: torch.Tensor, M: int, C: int) -> bool:
     """Whether the storage of ``t`` is the dense matrix ``[M, C]``: channels_last, contiguous ``[..., C]``, or flat."""
-    if t.numel() != M * C or t.dim() == 0:
+    n = t.numel()
+    if n != M * C:
         return False
-    if t.numel() == 0:
+    rank = t.dim()
+    if rank == 4 and t.size(1) == C and t.is_contiguous(memory_format=torch.channels_last):
         return True
-    if t.dim() == 4 and t.size(1) == C and t.is_contiguous(memory_format=torch.channels_last):
+    if rank == 5 and t.size(1) == C and t.is_contiguous(memory_format=torch.channels_last_3d):
         return True
-    if t.dim() == 5 and t.size(1) == C and t.is_contiguous(memory_format=torch.channels_last_3d):
-        return True
-    return t.is_contiguous() and (t.dim() == 1 or t.size(-1) == C)
+    return n == 0 or (rank > 0 and t.is_contiguous() and (rank == 1 or t.size(-1) == C))
 
 
 def is_dense(t: torch.Tensor) -> bool:
@@ -97,7 +98,7 @@ class Arguments:
     (device, size, layout, alignment, aliasing) naming function, argument, what it got and what it expected.
     """
 
-    __slots__ = ("acc", "code", "device", "dtype", "fn", "spans")
+    __slots__ = ("acc", "code", "device", "dtype", "fn", "item", "spans")
 
     def __init__(self, fn: str, device_type: str, name: str, like: torch.Tensor):
         self.fn = fn
@@ -113,21 +114,21 @@ class Arguments:
             raise TypeError(f"{fn}: {name} must be float32, bfloat16, float16 or float64, got {self.dtype}")
         self.code = code
         self.acc = torch.float64 if code == 3 else torch.float32
+        self.item = like.element_size()
 
-    def _address(self, name: str, t, dtype: torch.dtype, may_be: tuple[str, ...] | None) -> int:
+    def _address(self, name: str, t, dtype: torch.dtype, n: int, item: int, may_be: tuple[str, ...] | None) -> int:
         """``may_be``: None for an input; for an output the names of the inputs whose very buffer it may be."""
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{self.fn}: {name} must be a tensor, got {type(t).__name__}")
-        if t.dtype != dtype:
+        if t.dtype is not dtype:
             raise TypeError(f"{self.fn}: {name} must be {dtype}, got {t.dtype}")
         if t.device != self.device:
             raise ValueError(f"{self.fn}: {name} must be on {self.device}, got {t.device}")
         lo = t.data_ptr()
-        item = t.element_size()
         if lo % item:
             raise ValueError(f"{self.fn}: {name} must be aligned to {item} bytes, got address {lo:#x}")
-        hi = lo + t.numel() * item
-        if may_be is not None and hi > lo:
+        hi = lo + n * item
+        if may_be is not None and n:
             for other, a, b in self.spans:
                 if lo < b and a < hi and not (other in may_be and lo == a and hi == b):
                     allowed = f" (it may be exactly {' or '.join(may_be)})" if may_be else ""
@@ -135,11 +136,11 @@ class Arguments:
         self.spans.append((name, lo, hi))
         return lo or _EMPTY
 
-    def act(self, name: str, t, M: int, C: int, *, out=None, optional=False) -> int:
+    def act(self, name: str, t, M: int, C: int, out=None, optional=False) -> int:
         """Activations ``[M, C]`` in dense NHWC. Outputs pass ``out=()`` or the names of inputs they may be."""
         if t is None and optional:
             return 0
-        address = self._address(name, t, self.dtype, out)
+        address = self._address(name, t, self.dtype, M * C, self.item, out)
         if not is_nhwc(t, M, C):
             raise ValueError(
                 f"{self.fn}: {name} must be {M} x {C} elements in dense NHWC ([N, C, H, W] in channels_last or "
@@ -147,30 +148,47 @@ class Arguments:
             )
         return address
 
-    def flat(self, name: str, t, n: int, like: torch.Tensor, *, out=None) -> int:
+    def flat(self, name: str, t, n: int, like: torch.Tensor, out=None) -> int:
         """``n`` activations in storage order: dense, and laid out as ``like`` where the shapes agree."""
-        address = self._address(name, t, self.dtype, out)
+        address = self._address(name, t, self.dtype, n, self.item, out)
         if t.numel() != n or not is_dense(t):
             raise ValueError(f"{self.fn}: {name} must be {n} dense elements, got {_describe(t)}")
         if t.shape == like.shape and n and _order(t) != _order(like):
             raise ValueError(f"{self.fn}: {name} must have the strides {like.stride()}, got {_describe(t)}")
         return address
 
-    def array(self, name: str, t, *shape: int, dtype: torch.dtype | None = None, out=None, optional=False) -> int:
-        """A contiguous array of the accumulator type (or ``dtype``) with the number of elements of ``shape``."""
+    def array(self, name: str, t, *shape: int, out=None, optional=False) -> int:
+        """A contiguous array of the accumulator type with the number of elements of ``shape``."""
         if t is None and optional:
             return 0
-        address = self._address(name, t, dtype or self.acc, out)
-        n = 1
-        for size in shape:
-            n *= size
+        n = math.prod(shape)
+        address = self._address(name, t, self.acc, n, 8 if self.code == 3 else 4, out)
         if t.numel() != n or not t.is_contiguous():
             raise ValueError(f"{self.fn}: {name} must be contiguous {list(shape)} ({n} elements), got {_describe(t)}")
         return address
 
-    def mask(self, name: str, t, M: int, C: int, *, out=None, optional=False) -> int:
+    def bytes(self, name: str, t, *shape: int, out=None, optional=False) -> int:
+        """A contiguous uint8 array."""
+        if t is None and optional:
+            return 0
+        n = math.prod(shape)
+        address = self._address(name, t, torch.uint8, n, 1, out)
+        if t.numel() != n or not t.is_contiguous():
+            raise ValueError(f"{self.fn}: {name} must be contiguous {list(shape)} ({n} bytes), got {_describe(t)}")
+        return address
+
+    def taps(self, name: str, t, M: int, C: int, out=None, optional=False) -> int:
+        """Winning taps of the stem, uint8 ``[M, C]`` with the layout of the pooled activations."""
+        if t is None and optional:
+            return 0
+        address = self._address(name, t, torch.uint8, M * C, 1, out)
+        if not is_nhwc(t, M, C):
+            raise ValueError(f"{self.fn}: {name} must be {M} x {C} elements in dense NHWC, got {_describe(t)}")
+        return address
+
+    def mask(self, name: str, t, M: int, C: int, out=None, optional=False) -> int:
         """ReLU mask, uint8 ``[M, ceil(C/8)]``."""
-        return self.array(name, t, M, -(-C // 8), dtype=torch.uint8, out=out, optional=optional)
+        return self.bytes(name, t, M, -(-C // 8), out=out, optional=optional)
 
 
 def _need(fn: str, condition: bool, sentence: str) -> None:
@@ -199,6 +217,8 @@ class Launcher:
         self.ctx = ctx
 
     def invoke(self, fn: str, device: torch.device, *args) -> None:
+        if self.module is None:
+            raise RuntimeError(f"{fn}: the extension module is not available")
         getattr(self.module, fn)(*args, self.ctx(device))
 
     def _args(self, fn: str, name: str, like) -> Arguments:
@@ -211,13 +231,13 @@ class Launcher:
         xp = a.flat("x", x, n, x)
         rp = a.flat("residual", residual, n, x)
         op = a.flat("out", out, n, x, out=("x", "residual"))
-        mp = a.array("mask", mask, -(-n // 8), dtype=torch.uint8, out=(), optional=True)
+        mp = a.bytes("mask", mask, -(-n // 8), out=(), optional=True)
         self.invoke("add_relu_fwd", a.device, a.code, xp, rp, n, op, mp)
 
     def add_relu_bwd(self, grad, mask, n, dx):
         a = self._args("add_relu_bwd", "grad", grad)
         gp = a.flat("grad", grad, n, grad)
-        mp = a.array("mask", mask, -(-n // 8), dtype=torch.uint8)
+        mp = a.bytes("mask", mask, -(-n // 8))
         dp = a.flat("dx", dx, n, grad, out=("grad",))
         self.invoke("add_relu_bwd", a.device, a.code, gp, mp, n, dp)
 
@@ -336,7 +356,7 @@ class Launcher:
         xp = a.act("x", x, N * H * W, C)
         sp = a.array("stat", stat, 5, C)
         op = a.act("out", out, N * P * Q, C, out=())
-        ip = _idx(a, idx, N * P * Q, C, out=(), optional=True)
+        ip = a.taps("idx", idx, N * P * Q, C, out=(), optional=True)
         self.invoke("stem_fwd", a.device, a.code, xp, N, H, W, C, sp, P, Q, k, stride, pad, op, ip)
 
     def stem_bwd_reduce(self, grad, idx, x, N, H, W, C, stat, P, Q, k, stride, pad, T, part):
@@ -344,7 +364,7 @@ class Launcher:
         _need("stem_bwd_reduce", T >= 1, f"T must be at least 1, got {T}")
         _check_pool("stem_bwd_reduce", H, W, P, Q, k, stride, pad)
         gp = a.act("grad", grad, N * P * Q, C)
-        ip = _idx(a, idx, N * P * Q, C)
+        ip = a.taps("idx", idx, N * P * Q, C)
         xp = a.act("x", x, N * H * W, C)
         sp = a.array("stat", stat, 5, C)
         pp = a.array("part", part, 2, T, C, out=())
@@ -354,7 +374,7 @@ class Launcher:
         a = self._args("stem_bwd_apply", "grad", grad)
         _check_pool("stem_bwd_apply", H, W, P, Q, k, stride, pad)
         gp = a.act("grad", grad, N * P * Q, C)
-        ip = _idx(a, idx, N * P * Q, C)
+        ip = a.taps("idx", idx, N * P * Q, C)
         xp = a.act("x", x, N * H * W, C)
         sp = a.array("stat", stat, 5, C)
         cp = a.array("coef", coef, 3, C)
@@ -366,16 +386,6 @@ class Launcher:
         if a.code not in (0, 3):
             raise TypeError(f"{fn}: {name} must be float32 or float64, got {a.dtype}")
         return a
-
-
-def _idx(a: Arguments, idx, M: int, C: int, *, out=None, optional=False) -> int:
-    """Winning taps, uint8 ``[M, C]`` with the layout of the pooled activations."""
-    if idx is None and optional:
-        return 0
-    address = a._address("idx", idx, torch.uint8, out)
-    if not is_nhwc(idx, M, C):
-        raise ValueError(f"{a.fn}: idx must be {M} x {C} elements in dense NHWC, got {_describe(idx)}")
-    return address
 
 
 def _check_pool(fn: str, H: int, W: int, P: int, Q: int, k: int, stride: int, pad: int) -> None:

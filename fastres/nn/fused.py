@@ -18,6 +18,7 @@ from fastres.nn.reading import read_conv_bn
 from fastres.ops.basic_block import basic_block
 from fastres.ops.bottleneck import bottleneck
 from fastres.ops.conv_bn_act import conv_bn_act
+from fastres.ops.params import compute_dtype
 from fastres.ops.stem import stem
 
 MEMORY = ("default", "low")
@@ -118,6 +119,9 @@ class FusedBlock(Fused):
     def forward(self, x: Tensor) -> Tensor:
         pairs = self._fastres_serves(x)
         if pairs is None:
+            return super().forward(x)
+        if len(pairs) == len(self._fastres_names) and compute_dtype(x) != x.dtype:
+            self._fastres_note(f"an identity shortcut in {x.dtype} under autocast promotes the output to it")
             return super().forward(x)
         convs = tuple([read_conv_bn(conv, norm) for _, conv, norm in pairs])
         length = len(self._fastres_names)

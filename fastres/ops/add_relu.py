@@ -97,4 +97,3 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
         return _AddReLU.apply(x, residual, backend)
     return fwd_op(x, residual, False, backend)[0]
-

@@ -191,9 +191,7 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
             if not below(i):
                 break
             coef = coefficients(part, 1, T, M, C, i - 1)
-            k.bn_bwd_apply(
-                dy, acts[i - 1], M, C, stats[i - 1], coef, None, None, None, None, True, dy, None
-            )
+            k.bn_bwd_apply(dy, acts[i - 1], M, C, stats[i - 1], coef, None, None, None, None, True, dy, None)
             da = dy
     if c.projected:
         if need(n, 0) or need(n, 1):

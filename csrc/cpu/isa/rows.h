@@ -23,6 +23,9 @@ constexpr i64 mask_bytes(i64 C) { return ceil_div(C, 8); }
 // streams no longer fit the registers (measured 10-20% slower on Zen 2).
 constexpr int kRows = 2;
 
+// Rows summed at once in a reduction: few, for the digits of the sum, and small enough to be read again from L2.
+constexpr i64 kChunk = 32;
+
 // f(Constant<U>, m, c, span) for the rows m..m+U-1 and the channels of span from c on, over [m0, m1) x [c0, c1).
 // c0 is a multiple of L; c1 is one too, or C.
 template <class F>
@@ -72,7 +75,8 @@ void parallel_rows(i64 M, i64 C, i64 ctx, const F& f) {
 struct Tiling {
     i64 M, C, T, R, blocks, width, threads;
 
-    Tiling(i64 M, i64 C, i64 T, i64 ctx) : M(M), C(C), T(T), R(M ? ceil_div(M, T) : 0), threads(threads_for(M * C, ctx)) {
+    Tiling(i64 M, i64 C, i64 T, i64 ctx)
+        : M(M), C(C), T(T), R(M ? ceil_div(M, T) : 0), threads(threads_for(M * C, ctx)) {
         const i64 wanted = threads > 1 ? ceil_div(4 * threads, T) : 1;
         width = max_of(64, ceil_div(ceil_div(C, wanted), 64) * 64);
         blocks = ceil_div(C, width);
@@ -89,6 +93,22 @@ struct Tiling {
         });
     }
 };
+
+// Merging partial results [planes, T, C] in double: f(c, span, lanes) for vectors of channels, blocks of them on
+// threads. Rows are added in ascending order of their tile whatever the number of threads.
+template <class F>
+void parallel_channels(i64 T, i64 C, i64 ctx, const F& f) {
+    constexpr i64 kBlock = 64;
+    parallel(threads_for(T * C, ctx), ceil_div(C, kBlock), [&](i64 first, i64 last, int) {
+        const i64 end = min_of(last * kBlock, C);
+        for (i64 c = first * kBlock; c < end; c += L) {
+            if (end - c >= L)
+                f(c, Full(), L);
+            else
+                f(c, Tail{int(end - c), false}, int(end - c));
+        }
+    });
+}
 
 // Per-channel parameters readable in whole vectors: the array itself, or a padded copy where C is not a multiple of L.
 // Rows of [planes, C] become rows of [planes, stride].
@@ -117,10 +137,14 @@ class Channels {
 template <class F>
 void with_type(int dtype, const F& f) {
     switch (dtype) {
-        case kF32: return f(float());
-        case kBF16: return f(bf16());
-        case kF16: return f(fp16());
-        case kF64: return f(double());
+        case kF32:
+            return f(float());
+        case kBF16:
+            return f(bf16());
+        case kF16:
+            return f(fp16());
+        case kF64:
+            return f(double());
     }
     cpu_runtime::bad_dtype(dtype);
 }

@@ -159,7 +159,7 @@ FR_INLINE u16 float_to_half(float f) {
     const u32 u = bit_cast<u32>(f), sign = (u >> 16) & 0x8000, a = u & 0x7fffffffu;
     if (a > 0x7f800000u) return u16(sign | 0x7e00 | (a >> 13 & 0x3ff));
     if (a >= 0x477ff000u) return u16(sign | 0x7c00);  // from 65520 on the nearest is infinity
-    if (a < 0x38800000u) {                             // subnormal: adding 0.5 rounds at 2^-24
+    if (a < 0x38800000u) {                            // subnormal: adding 0.5 rounds at 2^-24
         const float shifted = bit_cast<float>(a) + 0.5f;
         return u16(sign | (bit_cast<u32>(shifted) - 0x3f000000u));
     }
@@ -391,6 +391,10 @@ struct Tail {
         copy_lanes(p, whole, n);
     }
 };
+
+// Accumulators in double.
+FR_INLINE vd wide(vf v) { return __builtin_convertvector(v, vd); }
+FR_INLINE vd wide(vd v) { return v; }
 
 // Bytes and integer lanes.
 FR_INLINE vi widen(vb b, vf) {
