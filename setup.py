@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -58,6 +60,20 @@ def find_nvcc() -> str | None:
     return next((path for c in candidates if c and (path := shutil.which(c))), None)
 
 
+def why_not_cuda() -> str:
+    """Why the CUDA kernels cannot be compiled here, an empty string if they can."""
+    nvcc = find_nvcc()
+    if not nvcc:
+        return "nvcc was not found (CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)"
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if not release:
+        return f"{nvcc} --version names no release"
+    if int(release[1]) < 12:
+        return f"{nvcc} is release {release[1]}.{release[2]}, older than 12.0 (C++20)"
+    return ""
+
+
 def find_tool(name: str, module: str, attribute: str) -> str:
     """A build tool from the Python package of the build environment, else from PATH."""
     try:
@@ -83,15 +99,12 @@ def plan() -> tuple[list[str], dict[str, str]]:
         sys.exit(f"fastres: FASTRES_CPU=1 but {no_cxx}")
     else:
         absent["_cpu"] = no_cxx
-    nvcc = find_nvcc()
-    if CUDA == "0":
-        absent["_cuda"] = "FASTRES_CUDA=0"
-    elif nvcc and cxx:
+    reason = "FASTRES_CUDA=0" if CUDA == "0" else why_not_cuda() or ("" if cxx else no_cxx)
+    if not reason:
         modules.append("_cuda")
+    elif CUDA == "1":
+        sys.exit(f"fastres: FASTRES_CUDA=1 but {reason}")
     else:
-        reason = no_cxx if nvcc else "nvcc was not found (CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)"
-        if CUDA == "1":
-            sys.exit(f"fastres: FASTRES_CUDA=1 but {reason}")
         absent["_cuda"] = reason
     if EMULATOR == "1" and not cxx:
         sys.exit(f"fastres: FASTRES_EMULATOR=1 but {no_cxx}")
@@ -141,8 +154,9 @@ class CMakeBuild(build_ext):
             define["FASTRES_CUDA_ARCHS"] = os.environ.get("FASTRES_CUDA_ARCHS", "").strip()
         arguments = [f"-D{k}={v}" for k, v in define.items()]
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(available_cpus())
-        self.step([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *arguments])
-        self.step([cmake, "--build", str(build), "--parallel", jobs])
+        hint = "; FASTRES_CUDA=0 leaves the CUDA kernels out" if "_cuda" in self.outputs and CUDA == "auto" else ""
+        self.step([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *arguments], hint)
+        self.step([cmake, "--build", str(build), "--parallel", jobs], hint)
         for target in self.outputs.values():
             # A fresh inode: a process that has the old file mapped keeps it.
             target.unlink(missing_ok=True)
@@ -154,11 +168,13 @@ class CMakeBuild(build_ext):
         return ROOT / "build" / f"editable-{self.plat_name}" if self.inplace else Path(self.build_temp).resolve()
 
     @staticmethod
-    def step(command: list[str]) -> None:
+    def step(command: list[str], hint: str) -> None:
         print("fastres:", " ".join(command), flush=True)
         code = subprocess.run(command).returncode
         if code:
-            sys.exit(f"fastres: building the compiled core failed (exit status {code} of {Path(command[0]).name})")
+            sys.exit(
+                f"fastres: building the compiled core failed (exit status {code} of {Path(command[0]).name}){hint}"
+            )
 
     def write_info(self) -> None:
         """_build.json: what `fastres doctor` says about the installation."""
@@ -180,6 +196,12 @@ class CMakeBuild(build_ext):
         return [*super().get_outputs(), str(self.info_path())] if not self.inplace else super().get_outputs()
 
 
+class AlwaysBuildExt(build):
+    """build_ext runs without extensions too: it then says why there are none, and records it."""
+
+    sub_commands = [(name, None if name == "build_ext" else when) for name, when in build.sub_commands]
+
+
 def available_cpus() -> int:
     try:
         return len(os.sched_getaffinity(0))
@@ -194,6 +216,6 @@ setup(
     # Never a top-level package: that name belongs to others.
     package_dir={"fastres": "fastres", "fastres.triton_kernels": "triton_kernels"},
     ext_modules=[Extension(f"fastres.{name}", sources=[]) for name in MODULES],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": AlwaysBuildExt, "build_ext": CMakeBuild},
     zip_safe=False,
 )

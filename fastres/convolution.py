@@ -49,9 +49,7 @@ def fprop(x: Tensor, w: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
 def _backward(dy, x, w, g, which):
     stride, padding, dilation, groups = g
     sizes = [w.shape[0]] if which[2] else None
-    return torch.ops.aten.convolution_backward(
-        dy, x, w, sizes, stride, padding, dilation, False, (0, 0), groups, which
-    )
+    return torch.ops.aten.convolution_backward(dy, x, w, sizes, stride, padding, dilation, False, (0, 0), groups, which)
 
 
 def dgrad(dy: Tensor, x: Tensor, w: Tensor, g: Geometry) -> Tensor:

@@ -21,7 +21,7 @@ struct Reduce {
 
     void tile(i64 m0, i64 m1, i64 c0, i64 c1, A* work, i64 pitch) const {
         A* const sum = work - c0;  // indexed by channel
-        const i64 mask_pitch = mask_bytes(C);
+        const i64 mask_pitch = mask_bytes(C), next = ahead<T>(C, c1 - c0);
         const Reduce k = *this;  // a local copy: stores through u8* may alias *this
         walk(m0, m1, c0, c1, C, [=](auto rows, i64 m, i64 c, auto s) __attribute__((always_inline)) {
             const V mu = load(k.mean + c);
@@ -29,8 +29,8 @@ struct Reduce {
             if constexpr (kSecond) rmu = load(k.rmean + c);
             for (int u = 0; u < rows.value; ++u) {
                 const i64 at = (m + u) * k.C + c;
-                fetch(k.grad + at), fetch(k.x + at);
-                if constexpr (kSecond) fetch(k.residual + at);
+                fetch(k.grad + at + next), fetch(k.x + at + next);
+                if constexpr (kSecond) fetch(k.residual + at + next);
                 V g = s.load(k.grad + at);
                 const V d = s.load(k.x + at) - mu;
                 if constexpr (kGate == kMask) g = keep(g, s.bits(k.mask + (m + u) * mask_pitch + c / 8));

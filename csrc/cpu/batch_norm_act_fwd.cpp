@@ -5,23 +5,57 @@ namespace FASTRES_BACKEND {
 namespace {
 
 constexpr i64 kSamples = 8;
-constexpr i64 kWork = 5;
+constexpr i64 kWork = 6;
 
-// One tile: sums of x - shift and of their squares over chunks of rows, merged by Chan's formula. The shift is the
-// mean so far, at first that of a few rows spread over the tile. A one-pass variance loses digits where the shift is
-// many standard deviations off: there, channel by channel, a second pass over the chunk takes the squares around its
-// mean. work: kWork rows of `pitch` accumulators.
+// Sums of x - shift and of its squares over one tile: those of a few rows, and the sum of those. `shift` is indexed by
+// channel, as are few and all: [2] rows, `pitch` apart.
+template <class T>
+void shifted_sums(const T* x, i64 C, i64 m0, i64 m1, i64 c0, i64 c1, const Acc<T>* shift, Acc<T>* few, Acc<T>* all,
+                  i64 pitch) {
+    using V = Vec<T>;
+    const i64 next = ahead<T>(C, c1 - c0);
+    for (i64 i = 0; i < 2; ++i) {
+        __builtin_memset(few + c0 + i * pitch, 0, pitch * sizeof(Acc<T>));
+        __builtin_memset(all + c0 + i * pitch, 0, pitch * sizeof(Acc<T>));
+    }
+    for (i64 r0 = m0; r0 < m1; r0 += kChunk) {
+        walk(r0, min_of(r0 + kChunk, m1), c0, c1, C,
+             [=](auto rows, i64 m, i64 c, auto s) __attribute__((always_inline)) {
+                 const V origin = load(shift + c);
+                 V a{}, q{};
+                 for (int u = 0; u < rows.value; ++u) {
+                     const i64 at = (m + u) * C + c;
+                     fetch(x + at + next);
+                     const V d = s.load(x + at) - origin;
+                     a += d;
+                     q = fma(d, d, q);
+                 }
+                 store(few + c, load(few + c) + a);
+                 store(few + pitch + c, load(few + pitch + c) + q);
+             });
+        for (i64 i = 0; i < 2; ++i)
+            for (i64 c = c0 + i * pitch; c < c1 + i * pitch; c += L) {
+                store(all + c, load(all + c) + load(few + c));
+                store(few + c, V{});
+            }
+    }
+}
+
+// Mean and M2 of one tile. The shift is the mean of a few rows spread over the tile; it stays for the whole tile, so
+// that no rounding of a mean enters the squares. Where it turns out to be many standard deviations off, a one-pass
+// variance loses digits: there, channel by channel, a second pass is made around the mean.
+// work: kWork rows of `pitch` accumulators.
 template <class T>
 void tile_stats(const T* x, i64 C, i64 m0, i64 m1, i64 c0, i64 c1, Acc<T>* work, i64 pitch, Acc<T>* mean_out,
                 Acc<T>* m2_out) {
     using A = Acc<T>;
     using V = Vec<T>;
-    A* const mean = work - c0;  // indexed by channel
-    A* const m2 = mean + pitch;
-    A* const sum = m2 + pitch;
-    A* const square = sum + pitch;
-    A* const again = square + pitch;
+    A* const shift = work - c0;  // indexed by channel
+    A* const few = shift + pitch;
+    A* const sum = few + 2 * pitch;
+    A* const m2 = sum + 2 * pitch;
     constexpr A kFar = 16;  // squared distance of shift and mean, in variances
+    const A n = A(m1 - m0);
 
     const i64 samples = min_of(kSamples, m1 - m0), step = (m1 - m0) / samples;
     walk(m0, m0 + 1, c0, c1, C, [=](auto, i64 m, i64 c, auto s) __attribute__((always_inline)) {
@@ -29,60 +63,26 @@ void tile_stats(const T* x, i64 C, i64 m0, i64 m1, i64 c0, i64 c1, Acc<T>* work,
         const V first = s.load(x + m * C + c);
         V a{};
         for (i64 i = 1; i < samples; ++i) a += s.load(x + (m + i * step) * C + c) - first;
-        store(mean + c, first + a / A(samples));
-        store(m2 + c, V{});
+        store(shift + c, first + a / A(samples));
     });
-    for (i64 r0 = m0; r0 < m1; r0 += kChunk) {
-        const i64 r1 = min_of(r0 + kChunk, m1);
-        const A before = A(r0 - m0), n = A(r1 - r0);
+    shifted_sums(x, C, m0, m1, c0, c1, shift, few, sum, pitch);
+    auto any_far = V{} < V{};
+    for (i64 c = c0; c < c1; c += L) {
+        const V s = load(sum + c), delta = s / n, q = load(sum + pitch + c) - s * delta;
+        const auto far = delta * s > kFar * q;
+        any_far |= far;
+        // Negative where it is to be computed again; a sum of squares is not.
+        store(m2 + c, far ? V{} - A(1) : q);
+        store(shift + c, load(shift + c) + delta);
+    }
+    if (__builtin_expect(any(any_far), 0)) {
+        shifted_sums(x, C, m0, m1, c0, c1, shift, few, sum, pitch);
         for (i64 c = c0; c < c1; c += L) {
-            store(sum + c, V{});
-            store(square + c, V{});
-        }
-        walk(r0, r1, c0, c1, C, [=](auto rows, i64 m, i64 c, auto s) __attribute__((always_inline)) {
-            const V shift = load(mean + c);
-            V a{}, q{};
-            for (int u = 0; u < rows.value; ++u) {
-                fetch(x + (m + u) * C + c);
-                const V d = s.load(x + (m + u) * C + c) - shift;
-                a += d;
-                q = fma(d, d, q);
-            }
-            store(sum + c, load(sum + c) + a);
-            store(square + c, load(square + c) + q);
-        });
-        // sum becomes delta, the mean of the chunk minus the shift; square the sum of squares around the chunk's mean.
-        const auto poor = [n](V delta, V q) { return delta * delta * n > kFar * q; };
-        auto any_poor = V{} < V{};
-        for (i64 c = c0; c < c1; c += L) {
-            const V total = load(sum + c), delta = total / n, q = load(square + c) - total * delta;
-            any_poor |= poor(delta, q);
-            store(sum + c, delta);
-            store(square + c, q);
-        }
-        if (__builtin_expect(any(any_poor), 0)) {
-            __builtin_memset(again + c0, 0, pitch * sizeof(A));
-            walk(r0, r1, c0, c1, C, [=](auto rows, i64 m, i64 c, auto s) __attribute__((always_inline)) {
-                const V center = load(mean + c) + load(sum + c);
-                V q{};
-                for (int u = 0; u < rows.value; ++u) {
-                    const V d = s.load(x + (m + u) * C + c) - center;
-                    q = fma(d, d, q);
-                }
-                store(again + c, load(again + c) + q);
-            });
-            for (i64 c = c0; c < c1; c += L)
-                store(square + c, poor(load(sum + c), load(square + c)) ? load(again + c) : load(square + c));
-        }
-        // In the first chunk `before` is 0: the mean moves all the way and the cross term vanishes.
-        const A share = n / (before + n), cross = before * share;
-        for (i64 c = c0; c < c1; c += L) {
-            const V delta = load(sum + c);
-            store(m2 + c, load(m2 + c) + load(square + c) + delta * delta * cross);
-            store(mean + c, load(mean + c) + delta * share);
+            const V q = load(m2 + c);
+            store(m2 + c, q < V{} ? load(sum + pitch + c) : q);
         }
     }
-    __builtin_memcpy(mean_out + c0, mean + c0, (c1 - c0) * sizeof(A));
+    __builtin_memcpy(mean_out + c0, shift + c0, (c1 - c0) * sizeof(A));
     __builtin_memcpy(m2_out + c0, m2 + c0, (c1 - c0) * sizeof(A));
 }
 
@@ -118,19 +118,19 @@ template <class A>
 void finalize(const A* part, i64 T, i64 C, const A* weight, const A* bias, double eps, A* stat, i64 ctx) {
     const A *count = part, *mean = count + T * C, *m2 = mean + T * C;
     parallel_channels(T, C, ctx, [=](i64 c, auto s, int lanes) {
-        // Around the mean of the first tile, in one pass: at most log2(T) bits of a double are lost.
-        const vd shift = wide(s.load(mean + c));
-        vd total{}, sum{}, square{};
-        for (i64 t = 0; t < T; ++t) {
-            const i64 at = t * C + c;
-            const vd n = wide(s.load(count + at)), d = wide(s.load(mean + at)) - shift;
+        vd total{}, mu{}, var{};
+        for (i64 at = c; at < T * C; at += C) {
+            const vd n = wide(s.load(count + at));
             total += n;
-            sum += n * d;
-            square += wide(s.load(m2 + at)) + n * d * d;
+            mu += n * wide(s.load(mean + at));
         }
-        const vd delta = sum / total, var = (square - sum * delta) / total;
-        for (int i = 0; i < lanes; ++i)
-            fill_stat(shift[i] + delta[i], var[i] < 0 ? 0.0 : var[i], weight, bias, eps, stat, C, c + i);
+        mu /= total;
+        for (i64 at = c; at < T * C; at += C) {
+            const vd d = wide(s.load(mean + at)) - mu;
+            var += wide(s.load(m2 + at)) + wide(s.load(count + at)) * (d * d);
+        }
+        var /= total;
+        for (int i = 0; i < lanes; ++i) fill_stat(mu[i], var[i], weight, bias, eps, stat, C, c + i);
     });
 }
 

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "cpu/conv.h"
 #include "launch.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -155,5 +156,7 @@ FORWARD(stem_bwd_apply,
         (int dtype, const void* grad, const u8* idx, const void* x, i64 N, i64 H, i64 W, i64 C, const void* stat,
          const void* coef, i64 P, i64 Q, i64 k, i64 stride, i64 pad, void* dx, i64 ctx),
         dtype, grad, idx, x, N, H, W, C, stat, coef, P, Q, k, stride, pad, dx, ctx)
+FORWARD(conv_wgrad, (const float* dy, const float* x, const ConvShape& shape, float* dw, i64 ctx), dy, x, shape, dw,
+        ctx)
 
 }  // namespace cpu

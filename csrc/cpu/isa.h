@@ -9,7 +9,7 @@ namespace cpu_isa {
 
 using Entry = void (*)();  // a launch function with its type erased
 
-// The functions of launch.h, in its order.
+// The functions of launch.h, in its order, and those of cpu/conv.h.
 #define FASTRES_FUNCTIONS(X) \
     X(add_relu_fwd)          \
     X(add_relu_bwd)          \
@@ -24,7 +24,8 @@ using Entry = void (*)();  // a launch function with its type erased
     X(mask_add)              \
     X(stem_fwd)              \
     X(stem_bwd_reduce)       \
-    X(stem_bwd_apply)
+    X(stem_bwd_apply)        \
+    X(conv_wgrad)
 
 enum Index {
 #define FASTRES_INDEX(name) k_##name,

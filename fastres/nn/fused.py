@@ -121,7 +121,9 @@ class FusedBlock(Fused):
         if pairs is None:
             return super().forward(x)
         if len(pairs) == len(self._fastres_names) and compute_dtype(x) != x.dtype:
-            self._fastres_note(f"an identity shortcut in {x.dtype} under autocast promotes the output to it")
+            self._fastres_note(
+                f"under autocast an identity shortcut in {x.dtype} enters the sum unrounded, a fused op would round it"
+            )
             return super().forward(x)
         convs = tuple([read_conv_bn(conv, norm) for _, conv, norm in pairs])
         length = len(self._fastres_names)

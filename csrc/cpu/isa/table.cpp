@@ -1,3 +1,4 @@
+#include "cpu/conv.h"
 #include "cpu/isa.h"
 #include "launch.h"
 

@@ -1,83 +1,9 @@
-// Vectors of L lanes (8, or 16 with AVX-512) over GCC/Clang vector extensions, with intrinsics where they matter.
-// Activations are float, bf16, fp16 or double in memory; lanes are their accumulator type, float or double.
-//
-// Everything lives in an anonymous namespace and no std template is used: a function compiled for one instruction
-// set must never be merged by the linker with its twin of another one.
+// What the kernels do with vectors: arithmetic, loads and stores of whole and partial vectors, ReLU masks.
 #pragma once
-#include <cstdint>
-#include <cstring>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-#include "launch.h"
-
-#define FR_INLINE inline __attribute__((always_inline))
+#include "cpu/isa/half.h"
 
 namespace FASTRES_BACKEND {
 namespace {
-
-using u16 = std::uint16_t;
-using u32 = std::uint32_t;
-
-constexpr int L = FASTRES_WIDTH;
-static_assert(L == 8 || L == 16, "a mask byte holds 8 channels");
-
-typedef float vf __attribute__((vector_size(L * 4)));
-typedef double vd __attribute__((vector_size(L * 8)));
-typedef std::int32_t vi __attribute__((vector_size(L * 4)));
-typedef std::uint32_t vu __attribute__((vector_size(L * 4)));
-typedef std::int64_t vl __attribute__((vector_size(L * 8)));
-typedef std::uint16_t vh __attribute__((vector_size(L * 2)));
-typedef std::uint8_t vb __attribute__((vector_size(L)));
-
-struct bf16 {
-    u16 bits;
-};
-struct fp16 {
-    u16 bits;
-};
-
-// Acc: lane type. V: its vector. I: integer vector of lanes of the same size (Lane), the type of a comparison.
-template <class T>
-struct Traits {
-    using Acc = float;
-    using V = vf;
-    using I = vi;
-    using Lane = std::int32_t;
-};
-template <>
-struct Traits<double> {
-    using Acc = double;
-    using V = vd;
-    using I = vl;
-    using Lane = std::int64_t;
-};
-template <class T>
-using Acc = typename Traits<T>::Acc;
-template <class T>
-using Vec = typename Traits<T>::V;
-template <class T>
-using Int = typename Traits<T>::I;
-
-// Unaligned access to memory of any type. Not memcpy: GCC then takes a detour over the stack now and then.
-template <class V, class S>
-FR_INLINE V read(const S* p) {
-    typedef V Unaligned __attribute__((aligned(1), may_alias));
-    return *reinterpret_cast<const Unaligned*>(p);
-}
-template <class V, class S>
-FR_INLINE void write(S* p, V v) {
-    typedef V Unaligned __attribute__((aligned(1), may_alias));
-    *reinterpret_cast<Unaligned*>(p) = v;
-}
-template <class To, class From>
-FR_INLINE To bit_cast(From v) {
-    static_assert(sizeof(To) == sizeof(From));
-    To t;
-    __builtin_memcpy(&t, &v, sizeof t);
-    return t;
-}
 
 // ---- lane arithmetic
 
@@ -114,92 +40,7 @@ FR_INLINE vf at_least(vf v, vf floor) {
 }
 FR_INLINE vd at_least(vd v, vd floor) { return v < floor ? floor : v; }
 
-// ---- storage types
-
-FR_INLINE vf from_bf16(vh h) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
-#elif defined(__AVX2__) && FASTRES_WIDTH == 8
-    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
-#else
-    return bit_cast<vf>(__builtin_convertvector(h, vu) << 16);
-#endif
-}
-
-// Round to nearest even on the integer, in the upper half of a lane; a NaN becomes 0xffff, a NaN. The native
-// instruction of AVX512-BF16 is not used: it flushes denormals, and the result would depend on the machine.
-FR_INLINE vu bf16_bits(vf v) {
-    const vu u = bit_cast<vu>(v);
-    const vu nan = bit_cast<vu>(v != v);
-    return (u + 0x7fffu + ((u >> 16) & 1u)) | nan;
-}
-FR_INLINE vh to_bf16(vf v) {
-    const vu u = bf16_bits(v);
-#if defined(__AVX512F__)
-    return (vh)_mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)u, 16));
-#elif defined(__AVX2__) && FASTRES_WIDTH == 8
-    const __m256i upper = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1,  //
-                                           2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1);
-    const __m256i halves = _mm256_shuffle_epi8((__m256i)u, upper);
-    return (vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
-#else
-    return __builtin_convertvector(u >> 16, vh);
-#endif
-}
-
-#if !defined(__F16C__)
-FR_INLINE float half_to_float(u16 h) {
-    const u32 sign = u32(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
-    if (exponent == 31) return bit_cast<float>(sign | 0x7f800000u | (fraction ? 0x400000u : 0u) | fraction << 13);
-    if (exponent) return bit_cast<float>(sign | (exponent + 112) << 23 | fraction << 13);
-    const float magnitude = float(fraction) * 0x1p-24f;  // exact: zero or subnormal
-    return sign ? -magnitude : magnitude;
-}
-FR_INLINE u16 float_to_half(float f) {
-    const u32 u = bit_cast<u32>(f), sign = (u >> 16) & 0x8000, a = u & 0x7fffffffu;
-    if (a > 0x7f800000u) return u16(sign | 0x7e00 | (a >> 13 & 0x3ff));
-    if (a >= 0x477ff000u) return u16(sign | 0x7c00);  // from 65520 on the nearest is infinity
-    if (a < 0x38800000u) {                            // subnormal: adding 0.5 rounds at 2^-24
-        const float shifted = bit_cast<float>(a) + 0.5f;
-        return u16(sign | (bit_cast<u32>(shifted) - 0x3f000000u));
-    }
-    return u16(sign | ((a + 0xfffu + (a >> 13 & 1) - 0x38000000u) >> 13));
-}
-#endif
-FR_INLINE vf from_fp16(vh h) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_cvtph_ps((__m256i)h);
-#elif defined(__F16C__) && FASTRES_WIDTH == 8
-    return (vf)_mm256_cvtph_ps((__m128i)h);
-#elif defined(__F16C__)
-    __m128i part[2];
-    __m256 wide[2];
-    __builtin_memcpy(part, &h, sizeof h);
-    for (int i = 0; i < 2; ++i) wide[i] = _mm256_cvtph_ps(part[i]);
-    return read<vf>(wide);
-#else
-    vf v;
-    for (int i = 0; i < L; ++i) v[i] = half_to_float(h[i]);
-    return v;
-#endif
-}
-FR_INLINE vh to_fp16(vf v) {
-#if defined(__AVX512F__)
-    return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
-#elif defined(__F16C__) && FASTRES_WIDTH == 8
-    return (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
-#elif defined(__F16C__)
-    __m256 wide[2];
-    __m128i part[2];
-    __builtin_memcpy(wide, &v, sizeof v);
-    for (int i = 0; i < 2; ++i) part[i] = _mm256_cvtps_ph(wide[i], _MM_FROUND_TO_NEAREST_INT);
-    return read<vh>(part);
-#else
-    vh h;
-    for (int i = 0; i < L; ++i) h[i] = float_to_half(v[i]);
-    return h;
-#endif
-}
+// ---- memory
 
 FR_INLINE vf load(const float* p) { return read<vf>(p); }
 FR_INLINE vd load(const double* p) { return read<vd>(p); }
@@ -303,17 +144,6 @@ FR_INLINE bool any(vl comparison) {
     for (int i = 0; i < L; ++i) held |= comparison[i] != 0;
     return held;
 }
-
-FR_INLINE bool any_nan(vf v) {
-#if defined(__AVX512F__)
-    return _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q) != 0;
-#elif defined(__AVX2__) && FASTRES_WIDTH == 8
-    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q)) != 0;
-#else
-    return any(v != v);
-#endif
-}
-FR_INLINE bool any_nan(vd v) { return any(v != v); }
 
 // v where the bit is set, 0 elsewhere, also in place of a NaN.
 FR_INLINE vf keep(vf v, u32 bits) {
