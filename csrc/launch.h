@@ -43,8 +43,8 @@ void add_relu_bwd(int dtype, const void* grad, const u8* mask, i64 n, void* dx, 
 // part [3, T, C]: count, mean, M2 of each tile (two-pass or shifted: never E[x^2] - E[x]^2).
 void bn_stats(int dtype, const void* x, i64 M, i64 C, i64 T, void* part, i64 ctx);
 // Chan merge of part in float64 -> stat. weight / bias null mean 1 / 0.
-void bn_finalize(int dtype, const void* part, i64 T, i64 C, const void* weight /*or null*/, const void* bias /*or null*/,
-                 double eps, void* stat, i64 ctx);
+void bn_finalize(int dtype, const void* part, i64 T, i64 C, const void* weight /*or null*/,
+                 const void* bias /*or null*/, double eps, void* stat, i64 ctx);
 // stat from given statistics, computed in float64.
 void bn_fold(int dtype, const void* running_mean, const void* running_var, const void* weight /*or null*/,
              const void* bias /*or null*/, double eps, i64 C, void* stat, i64 ctx);
@@ -55,8 +55,8 @@ void bn_apply(int dtype, const void* x, i64 M, i64 C, const void* stat, const vo
 // relu = 1 with mask null: the mask is recomputed from x and stat (legal without residual only).
 // y, if given, receives act(bn(x)): the activation recomputed in the same pass (without residual only).
 void bn_bwd_reduce(int dtype, const void* grad, const void* x, i64 M, i64 C, const void* stat,
-                   const void* residual /*or null*/, const void* rstat /*or null*/, const u8* mask /*or null*/, int relu,
-                   i64 T, void* part, void* y /*or null*/, i64 ctx);
+                   const void* residual /*or null*/, const void* rstat /*or null*/, const u8* mask /*or null*/,
+                   int relu, i64 T, void* part, void* y /*or null*/, i64 ctx);
 // plane: 1 for x, 2 for the residual. batch_stats = 0: statistics were given, so coef1 = coef2 = 0.
 void bn_bwd_finalize(int dtype, const void* part, i64 plane, i64 T, i64 M, i64 C, const void* stat, int batch_stats,
                      void* dweight /*or null*/, void* dbias /*or null*/, void* coef, i64 ctx);
@@ -66,8 +66,8 @@ void bn_bwd_apply(int dtype, const void* grad, const void* x, i64 M, i64 C, cons
                   const u8* mask /*or null*/, int relu, void* dx, void* dres /*or null*/, i64 ctx);
 
 // ---- conv_bn_act: epilogue of a convolution with folded BN. out may be x.
-void bias_act(int dtype, const void* x, i64 M, i64 C, const void* bias /*acc, or null*/, const void* residual /*or null*/,
-              int relu, void* out, i64 ctx);
+void bias_act(int dtype, const void* x, i64 M, i64 C, const void* bias /*acc, or null*/,
+              const void* residual /*or null*/, int relu, void* out, i64 ctx);
 
 // ---- bottleneck and basic_block: out = a + g, the residual branch's gradient joining the main one. out may be a.
 void mask_add(int dtype, const void* a, const void* grad, const u8* mask, i64 M, i64 C, void* out, i64 ctx);
