@@ -183,7 +183,7 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
             k.bn_apply(acts[i - 1], *matrix(source), stats[i - 1], None, None, True, source, None)
         if need(i, 0) or need(i, 1):
             reference = source if source is not None else acts[i - 1]
-            dparams[i][0], dparams[i][1] = conv_lib.wgrad(da, reference, weights[i], c.g[i], need(i, 1))
+            dparams[i][0], dparams[i][1] = conv_lib.wgrad(k, da, reference, weights[i], c.g[i], need(i, 1))
         h = source = None
         if i == 0 and needs[0]:
             dx = conv_lib.dgrad(da, x, weights[0], c.g[0])
@@ -195,7 +195,7 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
             da = dy
     if c.projected:
         if need(n, 0) or need(n, 1):
-            dparams[n][0], dparams[n][1] = conv_lib.wgrad(dres, x, weights[n], c.g[n], need(n, 1))
+            dparams[n][0], dparams[n][1] = conv_lib.wgrad(k, dres, x, weights[n], c.g[n], need(n, 1))
         if needs[0]:
             dx.add_(conv_lib.dgrad(dres, x, weights[n], c.g[n]))
     elif kind == IDENTITY and needs[0]:

@@ -87,7 +87,7 @@ def _bwd(grad, x, weight, a, idx, stat, geometry, pool, batch_stats, needs, back
         da = new(a, a.shape)
         k.stem_bwd_apply(grad, idx, a, *size, stat, coef, *window, da)
         if needs[1] or needs[2]:
-            dw, db = conv_lib.wgrad(da, nhwc(x), weight, g, needs[2])
+            dw, db = conv_lib.wgrad(k, da, nhwc(x), weight, g, needs[2])
         if needs[0]:
             dx = conv_lib.dgrad(da, x, weight, g)
     wanted = (dx, dw if needs[1] else None, db, dgamma, dbeta)
