@@ -70,7 +70,7 @@ def wgrad(k, dy: Tensor, x: Tensor, w: Tensor, g: Geometry, with_bias: bool) -> 
         dw, db = wgrad(k, dy.float(), x.float(), w.float(), g, with_bias)
         return dw.to(w.dtype), None if db is None else db.to(w.dtype)
     stride, padding, dilation, groups = g
-    if k.name == "cpu" and not with_bias and k.wins_wgrad(x, w, groups):
+    if k.name == "cpu" and not with_bias and k.wins_wgrad(dy, x, w, groups):
         db, dw = None, torch.empty_like(w, memory_format=torch.channels_last)
         k.conv_wgrad(dy, x, stride, padding, dilation, dw)
     else:

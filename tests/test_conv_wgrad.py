@@ -74,7 +74,7 @@ def test_integers_are_exact_and_threads_do_not_matter(restore_isa, isa):
 
 def test_the_engine_takes_it_where_it_wins(monkeypatch):
     calls = []
-    monkeypatch.setattr(cpu, "wins_wgrad", lambda x, w, groups: True)
+    monkeypatch.setattr(cpu, "wins_wgrad", lambda *operands: True)
     monkeypatch.setattr(cpu, "conv_wgrad", lambda *a: calls.append(a) or a[-1].zero_())
     dy, x, dw = operands(*SHAPES[0])
     g = ((1, 1), (1, 1), (1, 1), 1)
