@@ -80,12 +80,21 @@ def wgrad(k, dy: Tensor, x: Tensor, w: Tensor, g: Geometry, with_bias: bool) -> 
     return dw, db if with_bias else None
 
 
-def pointwise(x: Tensor, w: Tensor, bias: Tensor | None, g: Geometry, residual: Tensor | None, relu: bool):
-    """Convolution with bias, residual and ReLU as oneDNN post-ops, or None where the library has no such call."""
+def has_pointwise(x: Tensor) -> bool:
+    """Whether the library has a call that takes bias, residual and ReLU into the convolution's epilogue for ``x``."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or widens(x):
-        return None
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled or x.numel() == 0:
-        return None
+        return False
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and x.numel() > 0
+
+
+def pack(w: Tensor, x: Tensor, g: Geometry) -> Tensor:
+    """``w`` in the blocked layout oneDNN wants for inputs like ``x``; ``pointwise`` accepts it, for other sizes too."""
+    stride, padding, dilation, groups = g
+    return torch.ops.mkldnn._reorder_convolution_weight(w, padding, stride, dilation, groups, x.shape)
+
+
+def pointwise(x: Tensor, w: Tensor, bias: Tensor | None, g: Geometry, residual: Tensor | None, relu: bool) -> Tensor:
+    """Convolution with bias, residual and ReLU as oneDNN post-ops, where ``has_pointwise(x)``; channels_last."""
     stride, padding, dilation, groups = g
     bias = None if bias is None else bias.to(x.dtype)
     act = "relu" if relu else None

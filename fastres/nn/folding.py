@@ -12,8 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastres import convolution as conv_lib
+from fastres import dispatch
+from fastres.ops.bn import as_given, nhwc
 from fastres.ops.conv_bn_act import conv_bias_act, fold_conv_bn
 from fastres.ops.params import ConvBN, compute_dtype
+
+
+class Folded:
+    """One convolution with its BN folded in: weight, bias, and the weight as oneDNN stores it once that was asked."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        self.weight, self.bias, self.packed = weight, bias, None
+
 
 _CACHE: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
 
@@ -34,8 +45,8 @@ def is_folded(owner: nn.Module) -> bool:
     return owner in _CACHE
 
 
-def folded(owner: nn.Module, convs: Sequence[ConvBN], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """``(weight, bias)`` of each convolution with its BN folded in float64, weights in ``dtype``.
+def folded(owner: nn.Module, convs: Sequence[ConvBN], dtype: torch.dtype) -> list[Folded]:
+    """Each convolution with its BN folded in float64, weights in ``dtype``.
 
     Made anew when a source tensor is another object, was written to (its version counter) or moved (its address),
     or when an eps or ``dtype`` changed. A write through ``.data`` at the same address goes unnoticed.
@@ -50,7 +61,7 @@ def folded(owner: nn.Module, convs: Sequence[ConvBN], dtype: torch.dtype) -> lis
         ):
             return entry[2]
     with torch.inference_mode(False), torch.no_grad():
-        values = [(w.to(dtype), b) for w, b in map(fold_conv_bn, convs)]
+        values = [Folded(w.to(dtype), b) for w, b in map(fold_conv_bn, convs)]
     _CACHE[owner] = constants, [(weakref.ref(t), t._version, t.data_ptr()) for t in sources], values
     return values
 
@@ -63,9 +74,19 @@ def _sources(convs: Sequence[ConvBN]) -> list[Tensor]:
     return sources
 
 
-def _convolve(x: Tensor, conv: ConvBN, wb, residual: Tensor | None, relu: bool) -> Tensor:
-    return conv_bias_act(x, *wb, stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
-                         residual=residual, relu=relu)  # fmt: skip
+def _convolve(x: Tensor, conv: ConvBN, unit: Folded, residual: Tensor | None, relu: bool) -> Tensor:
+    fits = x.dim() == 4 and x.shape[1] == unit.weight.shape[1] * conv.groups
+    if dispatch.forced() or not fits or not conv_lib.has_pointwise(x):
+        return conv_bias_act(
+            x, unit.weight, unit.bias, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
+            groups=conv.groups, residual=residual, relu=relu,
+        )  # fmt: skip
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    given, x = x, nhwc(x)
+    if unit.packed is None:
+        unit.packed = conv_lib.pack(unit.weight, x, geometry)
+    residual = None if residual is None else nhwc(residual)
+    return as_given(conv_lib.pointwise(x, unit.packed, unit.bias, geometry, residual, relu), given)
 
 
 def folded_block(owner: nn.Module, x: Tensor, convs: Sequence[ConvBN], shortcut: ConvBN | None) -> Tensor:

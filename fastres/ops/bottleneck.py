@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastres.ops import engine
@@ -82,22 +81,3 @@ def bottleneck(
     Raises: TypeError / ValueError naming the argument, before anything is written.
     """
     return block(x, convs, shortcut, memory, "bottleneck", 3)
-
-
-def folded(x: Tensor, convs, shortcut) -> Tensor:
-    """Inference over folded convolutions: each entry ``(ConvBN geometry, weight, bias)`` of ``fold_conv_bn``."""
-    from fastres.ops.conv_bn_act import conv_bias_act
-
-    def call(h, unit, residual, relu):
-        conv, weight, bias = unit
-        return conv_bias_act(
-            h, weight, bias, stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
-            residual=residual, relu=relu,
-        )  # fmt: skip
-
-    residual = x if shortcut is None else call(x, shortcut, None, False)
-    h = x
-    for unit in convs[:-1]:
-        h = call(h, unit, None, True)
-    with torch.no_grad():
-        return call(h, convs[-1], residual, True)

@@ -135,10 +135,8 @@ def _folded(x, weight, bias, geometry, residual, relu, backend):
     g = engine._geometry(geometry, 0)
     x = nhwc(x)
     residual = None if residual is None else nhwc(residual)
-    if not backend:
-        y = conv_lib.pointwise(x, weight, bias, g, residual, relu)
-        if y is not None:
-            return y
+    if not backend and conv_lib.has_pointwise(x):
+        return conv_lib.pointwise(x, weight, bias, g, residual, relu)
     y = conv_lib.fprop(x, weight, None, g)
     if bias is not None:
         bias = bias.to(acc_dtype(x.dtype)).contiguous()
