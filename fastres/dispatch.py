@@ -120,6 +120,19 @@ def _automatic(request: Request) -> ModuleType:
     raise AssertionError("the reference backend serves everything")
 
 
+@torch.compiler.assume_constant_result
+def has_kernel(op: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether the automatic choice finds a kernel of ours. Where it does not, PyTorch's own modules are the better
+    way: the reference backend is made to be read. ``device`` is a device type."""
+    return _has_kernel(op, device, dtype)
+
+
+@functools.cache
+def _has_kernel(op: str, device: str, dtype: torch.dtype) -> bool:
+    candidates = explain(Request(op, torch.device(device), dtype))
+    return any(name != "reference" and not reasons for name, reasons in candidates)
+
+
 def explain(request: Request) -> list[tuple[str, list[str]]]:
     """Candidates of the automatic choice in order, each with its reasons to refuse (empty: it can serve)."""
     order = ORDER.get(request.device.type, ("reference",))

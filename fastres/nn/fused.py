@@ -12,6 +12,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from fastres.dispatch import forced, has_kernel
 from fastres.nn import fitness, folding
 from fastres.nn.fitness import Pair
 from fastres.nn.reading import read_conv_bn
@@ -56,6 +57,8 @@ class Fused:
             if not reasons:
                 pairs = self._fastres_pairs(self)
                 reason = fitness.why_not_tensors(x, pairs)
+                if reason is None and not (forced() or has_kernel(self._fastres_op, x.device.type, compute_dtype(x))):
+                    reason = f"no kernel of fastres serves {compute_dtype(x)} on {x.device.type} here (fastres doctor)"
                 if reason is None:
                     return pairs
             else:

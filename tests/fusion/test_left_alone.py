@@ -2,12 +2,14 @@
 
 import copy
 import re
+import sys
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
+import fastres
 from fastres.fusion import fuse, report
 from fastres.nn import FrozenBatchNorm2d
 
@@ -294,3 +296,15 @@ def test_errors_are_pytorchs_or_name_the_argument(block, image):
         b(image(2, 16, 8).float())
     with pytest.raises(ValueError, match="input channels"):
         b(image(2, 8, 8))
+
+
+def test_without_a_kernel_pytorch_runs(block, monkeypatch):
+    monkeypatch.setattr("fastres.nn.fused.has_kernel", lambda op, device, dtype: False)
+    fused, x = fuse(copy.deepcopy(block())), torch.randn(2, 16, 8, 8, dtype=torch.float64)
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules["fastres.nn.fused"]._BLOCKS, "bottleneck", None)  # a call of the op would fail
+        fused(x)
+    assert "no kernel of fastres serves torch.float64 on cpu here" in str(report(fused))
+    with fastres.backend("reference"):  # a named backend serves
+        fused(x)
+    assert fused(x).shape == (2, 32, 4, 4)
