@@ -120,11 +120,14 @@ def _automatic(request: Request) -> ModuleType:
     raise AssertionError("the reference backend serves everything")
 
 
-@torch.compiler.assume_constant_result
 def has_kernel(op: str, device: str, dtype: torch.dtype) -> bool:
     """Whether the automatic choice finds a kernel of ours. Where it does not, PyTorch's own modules are the better
     way: the reference backend is made to be read. ``device`` is a device type."""
     return _has_kernel(op, device, dtype)
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, and triton with it.
+has_kernel._dynamo_marked_constant = True
 
 
 @functools.cache
