@@ -93,11 +93,21 @@ def pack(w: Tensor, x: Tensor, g: Geometry) -> Tensor:
     return torch.ops.mkldnn._reorder_convolution_weight(w, padding, stride, dilation, groups, x.shape)
 
 
+def _only_nhwc(t: Tensor) -> bool:
+    """Whether nobody could take ``t`` for NCHW."""
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
 def pointwise(x: Tensor, w: Tensor, bias: Tensor | None, g: Geometry, residual: Tensor | None, relu: bool) -> Tensor:
     """Convolution with bias, residual and ReLU as oneDNN post-ops, where ``has_pointwise(x)``; channels_last."""
     stride, padding, dilation, groups = g
     bias = None if bias is None else bias.to(x.dtype)
     act = "relu" if relu else None
+    fused = groups == 1 and residual is not None and _only_nhwc(x) and _only_nhwc(residual)
+    if residual is not None and x.dtype != torch.float32 and not fused:
+        # Where oneDNN does not take the sum, PyTorch falls back to an add_relu that knows float32 only.
+        y = pointwise(x, w, bias, g, None, False).add_(residual)
+        return y.relu_() if relu else y
     if residual is None:
         y = torch.ops.mkldnn._convolution_pointwise(
             x, w, bias, padding, stride, dilation, groups, act or "none", [None], ""

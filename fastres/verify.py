@@ -47,8 +47,23 @@ def check(function: str, launch, device, dtype: torch.dtype, C: int, M: int = _R
                 wrong = _compare(buffer, truth[key], dtype, M)
                 if wrong:
                     return f"{function} ({label}): output {key} {wrong}"
+            wrong = _repeats(function, launch, args, ours)
+            if wrong:
+                return f"{function} ({label}): output {wrong}"
     except (RuntimeError, ValueError, TypeError) as error:
         return f"{function} failed: {type(error).__name__}: {error}"
+    return ""
+
+
+def _repeats(function: str, launch, args: dict, ours: dict) -> str:
+    """Whether the launch without checks gives the same bits, twice: Triton's first such launch is of another make."""
+    trusted = getattr(launch, "trusted", launch)
+    for _ in range(2 if trusted is not launch else 0):
+        again = {key: _poisoned(buffer) for key, buffer in ours.items()}
+        getattr(trusted, function)(**args, **again)
+        for key, buffer in again.items():
+            if not torch.equal(buffer, ours[key]):
+                return f"{key} has other bits without argument checks"
     return ""
 
 

@@ -7,10 +7,12 @@ import public_cases
 import pytest
 import torch
 from kernel_cases import DTYPES, NAMES
+from torch import nn
 
 import fastres
 from fastres import testing
 from fastres.backends.reference import acc_dtype
+from fastres.nn.reading import read_batch_norm
 from fastres.ops import batch_norm_act as module
 from fastres.ops.batch_norm_act import batch_norm_act_ref
 
@@ -245,9 +247,29 @@ def test_opcheck_of_running_statistics():
     stat = torch.randn(5, 4)
     torch.library.opcheck(
         torch.ops.fastres.bn_update_.default,
-        ([vector(), vector()], [vector(), vector()], [torch.tensor(3)], [stat, stat + 1], [10, 10], [0.1, -1.0]),
+        (
+            [vector(), vector()],
+            [vector(), vector()],
+            [torch.tensor(3)],
+            [stat, stat + 1],
+            [10, 10],
+            [0.1, 0.0],
+            [-1, 0],
+        ),
     )
-    torch.library.opcheck(torch.ops.fastres.bn_count_.default, ([torch.tensor(3)],))
+
+
+@pytest.mark.parametrize("momentum", [0.25, None])
+def test_one_bn_in_both_places(momentum):
+    """Its statistics move twice a call, one update after the other, as the module's would."""
+    x, r = testing.fill((4, 8, 3, 3), torch.float64, seed=1), testing.fill((4, 8, 3, 3), torch.float64, seed=2)
+    ours, theirs = nn.BatchNorm2d(8, momentum=momentum).double(), nn.BatchNorm2d(8, momentum=momentum).double()
+    bn = read_batch_norm(ours)
+    fastres.batch_norm_act(x, bn, residual=r, residual_bn=bn)
+    theirs(x), theirs(r)
+    assert ours.num_batches_tracked == theirs.num_batches_tracked == 2
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-9, atol=1e-12)
 
 
 def test_nothing_moves_without_training(backend):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from pathlib import Path
 
 import torch
 
 from . import native
+from .trusted import Trusted, native_functions
 
 name = "cpu"
 
@@ -154,3 +156,7 @@ def _require():
     if _module is None:
         raise RuntimeError(_missing)
     return _module
+
+
+#: The launch functions without their checks, for the ops.
+trusted = Trusted(sys.modules[__name__], {} if _module is None else native_functions(_module, torch.get_num_threads))

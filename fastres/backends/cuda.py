@@ -7,9 +7,12 @@ is not served: the kernels accumulate in float32.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from fastres.backends import native
+from fastres.backends.trusted import Trusted, current_device, current_stream, elsewhere, native_functions
 
 #: Oldest GPU the kernels are compiled for by default (docs/kernels/cuda.md).
 MIN_CAPABILITY = (8, 0)
@@ -20,6 +23,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _THREADS, _VEC, _LANES, _BLOCKS, _ROWS_PER_THREAD = 256, 8, 32, 528, 4
 
 
+@functools.lru_cache(maxsize=4096)
 def _tiles(M: int, C: int) -> int:
     groups = -(-C // _VEC)
     channel_blocks = max(1, -(-groups // _LANES))
@@ -54,6 +58,11 @@ class _Kernels(native.Launcher):
         """Row tiles T of a reduction over ``[M, C]``: by shape alone, so that the bits do not depend on the GPU."""
         return _tiles(M, C)
 
+    @functools.cached_property
+    def trusted(self) -> Trusted:
+        """The launch functions without their checks, for the ops."""
+        return Trusted(self, self.unchecked())
+
     def _args(self, fn: str, name: str, like) -> native.Arguments:
         arguments = super()._args(fn, name, like)
         if arguments.dtype not in _DTYPES:
@@ -71,7 +80,10 @@ class _Cuda(_Kernels):
     RuntimeError here, one inside the kernel at the next synchronisation."""
 
     def _ctx(self, device: torch.device) -> int:
-        return torch.cuda.current_stream(device).cuda_stream
+        return current_stream(device.index)
+
+    def unchecked(self) -> dict:
+        return {} if self.module is None else native_functions(self.module, None)
 
     def _device_reason(self, device: torch.device) -> str:
         if device.type != "cuda":
@@ -85,8 +97,10 @@ class _Cuda(_Kernels):
 
     def invoke(self, fn: str, device: torch.device, *args) -> None:
         # The module's own CUDA runtime launches into the context that is current on this thread.
-        with torch.cuda.device(device):
+        if device.index == current_device():
             super().invoke(fn, device, *args)
+        else:
+            elsewhere(device.index, super().invoke, fn, device, *args)
 
 
 class _Emulator(_Kernels):

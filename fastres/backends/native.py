@@ -16,26 +16,10 @@ from pathlib import Path
 
 import torch
 
-#: Activation dtypes and their code in ``csrc/launch.h``.
-DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+from fastres.backends.trusted import DTYPE_CODE, EMPTY, SIGNATURES, native_functions
 
 #: Launch functions every native module offers, in the order of ``csrc/launch.h``.
-FUNCTIONS = (
-    "add_relu_fwd",
-    "add_relu_bwd",
-    "bn_stats",
-    "bn_finalize",
-    "bn_fold",
-    "bn_apply",
-    "bn_bwd_reduce",
-    "bn_bwd_finalize",
-    "bn_bwd_apply",
-    "bias_act",
-    "mask_add",
-    "stem_fwd",
-    "stem_bwd_reduce",
-    "stem_bwd_apply",
-)
+FUNCTIONS = tuple(SIGNATURES)
 
 
 def load(module: str):
@@ -51,10 +35,6 @@ def build_info() -> dict:
     """What the installation was compiled with (``_build.json`` beside the package), {} if nothing was."""
     path = Path(__file__).resolve().parent.parent / "_build.json"
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-#: Stands for the address of an empty tensor, which torch reports as 0: it is not an absent argument.
-_EMPTY = 256
 
 
 def _describe(t: torch.Tensor) -> str:
@@ -134,7 +114,7 @@ class Arguments:
                     allowed = f" (it may be exactly {' or '.join(may_be)})" if may_be else ""
                     raise ValueError(f"{self.fn}: {name} must not overlap {other} in memory{allowed}, got {lo:#x}")
         self.spans.append((name, lo, hi))
-        return lo or _EMPTY
+        return lo or EMPTY
 
     def act(self, name: str, t, M: int, C: int, out=None, optional=False) -> int:
         """Activations ``[M, C]`` in dense NHWC. Outputs pass ``out=()`` or the names of inputs they may be."""
@@ -220,6 +200,13 @@ class Launcher:
         if self.module is None:
             raise RuntimeError(f"{fn}: the extension module is not available")
         getattr(self.module, fn)(*args, self.ctx(device))
+
+    def unchecked(self) -> dict[str, Callable]:
+        """The launch functions of the module without their checks, for `fastres.backends.trusted.Trusted`."""
+        if self.module is None:
+            return {}
+        device = torch.device(self.device_type)
+        return native_functions(self.module, lambda: self.ctx(device))
 
     def _args(self, fn: str, name: str, like) -> Arguments:
         return Arguments(fn, self.device_type, name, like)

@@ -11,10 +11,13 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 
 import torch
 
 from fastres.backends import native
+from fastres.backends.replay import replayed
+from fastres.backends.trusted import SIGNATURES, Trusted, current_device
 
 name = "triton"
 
@@ -104,7 +107,7 @@ def _launch(fn: str):
         kernel = getattr(_kernels(), fn)
         # Triton launches on the current device; the checks made sure that the tensors share one.
         device = next(t.device for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        if device.type == "cuda" and device.index != current_device():
             with torch.cuda.device(device):
                 kernel(*args, **kwargs)
         else:
@@ -118,3 +121,28 @@ def _launch(fn: str):
 # One adapter each: the checks know the arguments, `fastres.triton_kernels` the launch.
 for _fn in native.FUNCTIONS:
     globals()[_fn] = _launch(_fn)
+
+
+@functools.cache
+def _unchecked() -> dict:
+    launchers = _kernels()
+    if interpreting():
+        return {fn: getattr(launchers, fn) for fn in SIGNATURES}
+    return {fn: replayed(getattr(launchers, fn), signature) for fn, signature in SIGNATURES.items()}
+
+
+class _Trusted(Trusted):
+    """Filled on first use, for the sake of importing Triton late."""
+
+    def __init__(self, checked):
+        super().__init__(checked, {})
+
+    def __getattr__(self, name: str):
+        if name not in SIGNATURES:
+            return super().__getattr__(name)
+        self.__dict__.update(_unchecked())
+        return self.__dict__[name]
+
+
+#: The launch functions without their checks, for the ops.
+trusted = _Trusted(sys.modules[__name__])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastres.nn.reading import can_read, is_buffer_norm
-from fastres.ops.params import DTYPES, compute_dtype
+from fastres.ops.params import DTYPES
 
 PLAIN = (Tensor, nn.Parameter)
 Pair = tuple[str, nn.Conv2d, nn.Module]
@@ -136,14 +136,15 @@ def why_not_call(x, dims: int | None = 4) -> str | None:
     return None
 
 
-def why_not_tensors(x: Tensor, pairs: list[Pair]) -> str | None:
-    """Why the parameters do not go with ``x``. Devices and shapes are the op's to check."""
-    compute = compute_dtype(x)
-    cast = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+def why_not_tensors(x: Tensor, pairs: list[Pair], compute: torch.dtype) -> str | None:
+    """Why the parameters do not go with ``x``, computed in ``compute``. Devices and shapes are the op's to check."""
+    given, cast = x.dtype, False
     for name, conv, norm in pairs:
         dtype = conv._parameters["weight"].dtype
-        if dtype != x.dtype and (not cast or dtype == torch.float64):
-            return f"{name}: its weight is {dtype}, the input {x.dtype}"
+        if dtype is not given:
+            cast = cast or (given is not torch.float64 and torch.is_autocast_enabled(x.device.type))
+            if not cast or dtype is torch.float64:
+                return f"{name}: its weight is {dtype}, the input {given}"
         for module in (conv, norm):
             for parameter in module._parameters.values():
                 if parameter is not None and type(parameter) not in PLAIN:

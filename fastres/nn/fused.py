@@ -56,9 +56,10 @@ class Fused:
             reasons = self._fastres_structure(self)
             if not reasons:
                 pairs = self._fastres_pairs(self)
-                reason = fitness.why_not_tensors(x, pairs)
-                if reason is None and not (forced() or has_kernel(self._fastres_op, x.device.type, compute_dtype(x))):
-                    reason = f"no kernel of fastres serves {compute_dtype(x)} on {x.device.type} here (fastres doctor)"
+                compute = compute_dtype(x)
+                reason = fitness.why_not_tensors(x, pairs, compute)
+                if reason is None and not (forced() or has_kernel(self._fastres_op, x.device.type, compute)):
+                    reason = f"no kernel of fastres serves {compute} on {x.device.type} here (fastres doctor)"
                 if reason is None:
                     return pairs
             else:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastres import dispatch
 from fastres.library import register
-from fastres.ops.bn import nothing
-from fastres.ops.params import check_activation
+from fastres.ops.bn import launcher, nothing, saved
+from fastres.ops.params import check_activation, check_like
 
 
 def add_relu_ref(x: Tensor, residual: Tensor, *, upcast: bool = False) -> Tensor:
@@ -32,7 +32,8 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _fwd(x: Tensor, residual: Tensor, save_mask: bool, backend: str):
-    k = dispatch.choose(dispatch.Request("add_relu", x.device, x.dtype), backend)
+    k = launcher("add_relu", x, None, backend)
+    check_like(residual, "residual", x)
     out = torch.empty_like(x)  # the strides of x if it is dense, else dense in the same order
     x, residual = _same_storage_order(x, out), _same_storage_order(residual, out)
     mask = _bits(x) if save_mask else None
@@ -45,7 +46,12 @@ def _fwd_fake(x, residual, save_mask, backend):
 
 
 def _bwd(grad: Tensor, mask: Tensor, stride: list[int], backend: str) -> Tensor:
-    k = dispatch.choose(dispatch.Request("add_relu", grad.device, grad.dtype), backend)
+    k = launcher("add_relu", grad, None, backend)
+    mask = saved(mask, "mask", grad, torch.uint8)
+    if mask.numel() != (grad.numel() + 7) // 8:
+        raise ValueError(
+            f"mask: got {mask.numel()} bytes in backward, expected a bit for each of {grad.numel()} elements"
+        )
     dx = torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device)
     k.add_relu_bwd(_same_storage_order(grad, dx), mask, grad.numel(), dx)
     return dx

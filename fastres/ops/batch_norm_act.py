@@ -20,7 +20,7 @@ from fastres import dispatch
 from fastres.backends.reference import acc_dtype
 from fastres.library import register
 from fastres.ops import bn as steps
-from fastres.ops.bn import as_given, matrix, new, new_mask, nhwc, nothing
+from fastres.ops.bn import as_given, cast, given, matrix, new, new_mask, nhwc, nothing, saved
 from fastres.ops.params import BN, check_activation, check_bn
 
 
@@ -63,9 +63,9 @@ def _bn_ref(x, bn: BN, upcast):
 def _fwd(x, weight, bias, mean, var, batch_stats, eps, residual, own, rweight, rbias, rmean, rvar, rbatch, reps,
          relu, save, backend):  # fmt: skip
     M, C = matrix(x)
-    k = dispatch.choose(dispatch.Request("batch_norm_act", x.device, x.dtype, C), backend)
+    k = steps.launcher("batch_norm_act", x, C, backend)
     x = nhwc(x)
-    residual = None if residual is None else nhwc(residual)
+    residual = None if residual is None else given(residual, "residual", x)
     stat = steps.statistics(k, x, weight, bias, mean, var, batch_stats, eps)
     rstat = steps.statistics(k, residual, rweight, rbias, rmean, rvar, rbatch, reps) if own else None
     out = new(x, x.shape)
@@ -86,10 +86,13 @@ def _fwd_fake(x, weight, bias, mean, var, batch_stats, eps, residual, own, rweig
 def _bwd(grad, x, stat, residual, rstat, mask, relu, batch_stats, rbatch, needs, backend):
     """needs: x, residual, weight, bias, residual's weight, residual's bias."""
     M, C = matrix(x)
-    k = dispatch.choose(dispatch.Request("batch_norm_act", x.device, x.dtype, C), backend)
-    grad, x = nhwc(grad), nhwc(x)
-    residual = None if residual is None else nhwc(residual)
+    k = steps.launcher("batch_norm_act", x, C, backend)
+    grad, x, stat = given(grad, "grad", x), nhwc(x), saved(stat, "stat", x, acc_dtype(x.dtype))
+    residual = None if residual is None else given(residual, "residual", x)
+    mask = None if mask is None else saved(mask, "mask", x, torch.uint8)
     own = rstat is not None
+    if own:
+        rstat = saved(rstat, "rstat", x, stat.dtype)
     T = k.tiles(M, C)
     part = torch.empty((3 if own else 2, T, C), dtype=stat.dtype, device=x.device)
     k.bn_bwd_reduce(grad, x, M, C, stat, residual, rstat, mask, relu, T, part, None)
@@ -143,17 +146,20 @@ class _BatchNormAct(torch.autograd.Function):
         ctx.args = (relu, bn.training, own.training, backend)
         ctx.types = [None if t is None else t.dtype for t in (weight, bias, rweight, rbias)]
         ctx.mark_non_differentiable(stat, rstat)
+        ctx.set_materialize_grads(False)  # no zeros in the place of the statistics' gradients
         return out, stat, rstat
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _stat, _rstat):
+        if grad is None:
+            return (None,) * 10
         x, stat, residual, rstat, mask = ctx.saved_tensors
         relu, batch_stats, rbatch, backend = ctx.args
         need = ctx.needs_input_grad
         needs = [need[0], need[3], need[1], need[2], need[4], need[5]]
         dx, dres, *vectors = bwd_op(grad, x, stat, residual, rstat, mask, relu, batch_stats, rbatch, needs, backend)
-        dw, db, drw, drb = (v.to(t) if n else None for v, t, n in zip(vectors, ctx.types, needs[2:], strict=True))
+        dw, db, drw, drb = (cast(v, t) if n else None for v, t, n in zip(vectors, ctx.types, needs[2:], strict=True))
         return dx if need[0] else None, dw, db, dres if need[3] else None, drw, drb, None, None, None, None
 
 

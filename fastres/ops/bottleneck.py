@@ -16,7 +16,7 @@ from fastres.ops import engine
 from fastres.ops.batch_norm_act import batch_norm_act_ref
 from fastres.ops.bn import as_given
 from fastres.ops.conv_bn_act import conv_bn_act_ref, conv_ref
-from fastres.ops.params import ConvBN, cast_conv, check_activation, check_conv, compute_dtype
+from fastres.ops.params import ConvBN, check_activation, check_conv, compute_dtype, weight_dtype
 
 MEMORY = ("default", "low")
 
@@ -44,13 +44,13 @@ def block(x: Tensor, convs, shortcut, memory: str, op: str, length: int) -> Tens
         got = len(convs) if isinstance(convs, Sequence) else type(convs).__name__
         raise ValueError(f"convs: got {got}, expected {length} fastres.ConvBN")
     dtype = compute_dtype(x)
-    units = [cast_conv(c, dtype) for c in convs]
+    units = list(convs)
     shape = tuple(x.shape)
     for i, conv in enumerate(units):
-        shape = check_conv(conv, f"convs[{i}]", shape, dtype, x.device)
+        shape = check_conv(conv, f"convs[{i}]", shape, weight_dtype(conv, x, dtype), x.device)
     if shortcut is not None:
-        units.append(cast_conv(shortcut, dtype))
-        projected = check_conv(units[-1], "shortcut", tuple(x.shape), dtype, x.device)
+        units.append(shortcut)
+        projected = check_conv(shortcut, "shortcut", tuple(x.shape), weight_dtype(shortcut, x, dtype), x.device)
         if projected != shape:
             raise ValueError(f"shortcut: got output shape {projected}, expected that of the block, {shape}")
     elif shape != tuple(x.shape):

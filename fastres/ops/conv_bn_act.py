@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from fastres import convolution as conv_lib
-from fastres import dispatch
+from fastres import dispatch, riding
 from fastres.backends.reference import acc_dtype
 from fastres.library import register
+from fastres.ops import bn as steps
 from fastres.ops import engine
 from fastres.ops.batch_norm_act import batch_norm_act_ref
-from fastres.ops.bn import as_given, matrix, new, nhwc
+from fastres.ops.bn import as_given, given, given_vector, matrix, new, nhwc
 from fastres.ops.params import (
     BN,
     ConvBN,
@@ -131,15 +132,18 @@ def fold_conv_bn(conv: ConvBN) -> tuple[Tensor, Tensor]:
 
 
 def _folded(x, weight, bias, geometry, residual, relu, backend):
-    k = dispatch.choose(dispatch.Request("conv_bn_act", x.device, x.dtype, weight.shape[0]), backend)
+    k = steps.launcher("conv_bn_act", x, weight.shape[0], backend)
     g = engine._geometry(geometry, 0)
     x = nhwc(x)
-    residual = None if residual is None else nhwc(residual)
+    if residual is not None:
+        residual = given(residual, "residual", x, engine._out_shape(x.shape, weight, g))
     if not backend and conv_lib.has_pointwise(x):
         return conv_lib.pointwise(x, weight, bias, g, residual, relu)
+    bias = given_vector(bias, "bias", weight.shape[0], x)
+    y = riding.fprop_act(x, weight, bias, g, residual, relu)
+    if y is not None:
+        return y
     y = conv_lib.fprop(x, weight, None, g)
-    if bias is not None:
-        bias = bias.to(acc_dtype(x.dtype)).contiguous()
     k.bias_act(y, *matrix(y), bias, residual, relu, y)
     return y
 

@@ -16,12 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastres import convolution as conv_lib
-from fastres import dispatch
+from fastres import dispatch, riding
 from fastres.backends.reference import acc_dtype
 from fastres.library import register
 from fastres.ops import bn as steps
-from fastres.ops.bn import matrix, new, new_mask, nhwc, nothing
+from fastres.ops.bn import cast, cast_all, given, matrix, new, new_mask, nhwc, nothing, saved
 from fastres.ops.params import BN, ConvBN, out_size
 
 #: What is added before the last ReLU: nothing, x itself, conv_bn(x), a given tensor, or bn of a given tensor.
@@ -59,20 +58,21 @@ class _Chain:
 
 def _fwd(x, residual, weights, biases, bn_weight, bn_bias, mean, var, batch_stats, eps, geometry, kind, relu, low,
          save, op, backend):  # fmt: skip
-    k = dispatch.choose(dispatch.Request(op, x.device, x.dtype, weights[0].shape[0]), backend)
+    k = steps.launcher(op, x, weights[0].shape[0], backend)
+    weights = cast_all(weights, [x.dtype] * len(weights))
     c = _Chain(k, weights, geometry, kind)
     x = nhwc(x)
     stats, kept = [], []
 
-    def stat_of(a, i):
-        s = steps.statistics(k, a, bn_weight[i], bn_bias[i], mean[i], var[i], batch_stats[i], eps[i])
+    def stat_of(a, i, part=None):
+        s = steps.statistics(k, a, bn_weight[i], bn_bias[i], mean[i], var[i], batch_stats[i], eps[i], part)
         stats.append(s)
         return s
 
     h = x
     for i in range(c.n):
-        a = conv_lib.fprop(h, weights[i], biases[i], c.g[i])
-        stat = stat_of(a, i)
+        a, part = riding.fprop(h, weights[i], biases[i], c.g[i], batch_stats[i])
+        stat = stat_of(a, i, part)
         if i < c.n - 1:
             h = new(a, a.shape) if save else a
             k.bn_apply(a, *matrix(a), stat, None, None, True, h, None)
@@ -82,10 +82,10 @@ def _fwd(x, residual, weights, biases, bn_weight, bn_bias, mean, var, batch_stat
     if kind == IDENTITY:
         shortcut = x
     elif kind == PROJECTION:
-        shortcut = conv_lib.fprop(x, weights[c.n], biases[c.n], c.g[c.n])
-        rstat = stat_of(shortcut, c.n)
+        shortcut, part = riding.fprop(x, weights[c.n], biases[c.n], c.g[c.n], batch_stats[c.n])
+        rstat = stat_of(shortcut, c.n, part)
     elif kind in (TENSOR, TENSOR_BN):
-        shortcut = nhwc(residual)
+        shortcut = given(residual, "residual", a)
         rstat = stat_of(shortcut, c.n) if kind == TENSOR_BN else None
     out = new(a, a.shape) if save else a
     mask = new_mask(a, M, C) if save and relu and shortcut is not None else None
@@ -117,11 +117,19 @@ def _fwd_fake(x, residual, weights, biases, bn_weight, bn_bias, mean, var, batch
 def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, relu, low, batch_stats, needs, op,
          backend):  # fmt: skip
     """needs: x, residual, then for each BN in order: conv weight, conv bias, BN weight, BN bias."""
-    k = dispatch.choose(dispatch.Request(op, x.device, x.dtype, weights[0].shape[0]), backend)
+    k = steps.launcher(op, x, weights[0].shape[0], backend)
+    types = [w.dtype for w in weights]
+    weights = cast_all(weights, [x.dtype] * len(weights))
     c = _Chain(k, weights, geometry, kind)
-    x, grad = nhwc(x), nhwc(grad)
+    x, acc = nhwc(x), acc_dtype(x.dtype)
     n, last = c.n, c.n - 1
-    acts = list(acts)
+    shape = x.shape
+    for i in range(n):
+        shape = _out_shape(shape, weights[i], c.g[i])
+    grad = given(grad, "grad", x, shape)
+    acts = [saved(a, "acts", x) for a in acts]
+    stats = [saved(stat, "stats", x, acc) for stat in stats]
+    mask = None if mask is None else saved(mask, "mask", x, torch.uint8)
     own = kind in (PROJECTION, TENSOR_BN)
     dparams: list[list] = [[None] * 4 for _ in stats]
 
@@ -139,10 +147,10 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
         if n > 1:
             h = new(acts[-1], acts[-1].shape)
             k.bn_apply(acts[-1], *matrix(h), stats[last - 1], None, None, True, h, None)
-        acts.append(conv_lib.fprop(h, weights[last], biases[last], c.g[last]))
+        acts.append(riding.fprop(h, weights[last], biases[last], c.g[last], batch_stats[last], again=True)[0])
         if c.projected:
-            acts.append(conv_lib.fprop(x, weights[n], biases[n], c.g[n]))
-    shortcut = acts[n] if c.projected else (nhwc(residual) if kind == TENSOR_BN else None)
+            acts.append(riding.fprop(x, weights[n], biases[n], c.g[n], batch_stats[n], again=True)[0])
+    shortcut = acts[n] if c.projected else (given(residual, "residual", grad) if kind == TENSOR_BN else None)
     rstat = stats[n] if own else None
 
     def reduce(dy, i, planes, r, rs, bits, act, y):
@@ -168,41 +176,59 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
         shortcut = rstat = rcoef = None  # they serve the residual's gradient alone
     k.bn_bwd_apply(grad, acts[last], M, C, stats[last], coef, shortcut, rstat, rcoef, mask, relu, da, dres)
 
+    def input_gradient(da):
+        """Gradient of x through the first convolution and the shortcut."""
+        other = bits = None
+        if c.projected:
+            other = riding.dgrad(dres, x, weights[n], c.g[n])
+        elif kind == IDENTITY:
+            other, bits = grad, mask
+        if other is None:
+            return riding.dgrad(da, x, weights[0], c.g[0])
+        dx = riding.dgrad_add(da, weights[0], c.g[0], other, bits)
+        if dx is None:
+            dx = riding.dgrad(da, x, weights[0], c.g[0])
+            if bits is None:
+                dx.add_(other)
+            else:
+                k.mask_add(dx, other, bits, *matrix(dx), dx)
+        return dx
+
     dx = None
     for i in range(last, -1, -1):
         source = x if i == 0 else h
+        rode = False
         if i > 0 and below(i):
-            dy = conv_lib.dgrad(da, acts[i - 1], weights[i], c.g[i])
-            if source is None and need(i, 0):
-                source = new(acts[i - 1], acts[i - 1].shape)
-                part, T, M, C = reduce(dy, i - 1, 2, None, None, None, True, source)
+            want_y = source is None and need(i, 0)
+            whole = riding.dgrad_act(da, weights[i], c.g[i], acts[i - 1], stats[i - 1], want_y)
+            if whole is not None:
+                dy, part, y = whole
+                T, (M, C), rode = part.shape[1], matrix(dy), True
+                source = y if want_y else source
             else:
-                part, T, M, C = reduce(dy, i - 1, 2, None, None, None, True, None)
+                dy = riding.dgrad(da, acts[i - 1], weights[i], c.g[i])
+                source = new(acts[i - 1], acts[i - 1].shape) if want_y else source
+                part, T, M, C = reduce(dy, i - 1, 2, None, None, None, True, source if want_y else None)
         elif i > 0 and source is None and need(i, 0):
             source = new(acts[i - 1], acts[i - 1].shape)
             k.bn_apply(acts[i - 1], *matrix(source), stats[i - 1], None, None, True, source, None)
         if need(i, 0) or need(i, 1):
             reference = source if source is not None else acts[i - 1]
-            dparams[i][0], dparams[i][1] = conv_lib.wgrad(k, da, reference, weights[i], c.g[i], need(i, 1))
+            dparams[i][0], dparams[i][1] = riding.wgrad(k, da, reference, weights[i], c.g[i], need(i, 1))
         h = source = None
         if i == 0 and needs[0]:
-            dx = conv_lib.dgrad(da, x, weights[0], c.g[0])
+            dx = input_gradient(da)
         elif i > 0:
             if not below(i):
                 break
             coef = coefficients(part, 1, T, M, C, i - 1)
-            k.bn_bwd_apply(dy, acts[i - 1], M, C, stats[i - 1], coef, None, None, None, None, True, dy, None)
+            # What rode along with the dgrad is behind the ReLU already.
+            k.bn_bwd_apply(dy, acts[i - 1], M, C, stats[i - 1], coef, None, None, None, None, not rode, dy, None)
             da = dy
-    if c.projected:
-        if need(n, 0) or need(n, 1):
-            dparams[n][0], dparams[n][1] = conv_lib.wgrad(k, dres, x, weights[n], c.g[n], need(n, 1))
-        if needs[0]:
-            dx.add_(conv_lib.dgrad(dres, x, weights[n], c.g[n]))
-    elif kind == IDENTITY and needs[0]:
-        if mask is None:
-            dx.add_(grad)
-        else:
-            k.mask_add(dx, grad, mask, *matrix(dx), dx)
+    if c.projected and (need(n, 0) or need(n, 1)):
+        dparams[n][0], dparams[n][1] = riding.wgrad(k, dres, x, weights[n], c.g[n], need(n, 1))
+    for row, dw in zip(dparams, cast_all([row[0] for row in dparams[: len(types)]], types), strict=False):
+        row[0] = dw
     flat = [t if need(i, j) else None for i, row in enumerate(dparams) for j, t in enumerate(row)]
     wanted = [dx if needs[0] else None, None if c.projected else dres, *flat]
     return [nothing(x) if t is None else t for t in wanted]
@@ -257,24 +283,28 @@ class _Block(torch.autograd.Function):
         ctx.plan, ctx.n_conv, ctx.units = (geometry, kind, relu, low, batch_stats, op, backend), n_conv, units
         ctx.types = [None if p is None else p.dtype for p in params]
         ctx.mark_non_differentiable(*stats)
+        ctx.set_materialize_grads(False)  # no zeros in the place of the statistics' gradients
         return (out, *stats)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_stats):
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         geometry, kind, relu, low, batch_stats, op, backend = ctx.plan
         n, units = ctx.n_conv, ctx.units
         x, residual, *saved = ctx.saved_tensors
         weights, biases, stats = saved[:n], saved[n : 2 * n], saved[2 * n : 2 * n + units]
-        acts = saved[2 * n + units :]
-        mask = acts.pop() if ctx.has_mask else None
+        acts, mask = list(saved[2 * n + units :]), None
+        if ctx.has_mask:
+            acts, mask = acts[:-1], acts[-1]
         needs = list(ctx.needs_input_grad[1:])
         grads = bwd_op(
             grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, relu, low, batch_stats, needs, op,
             backend,
         )  # fmt: skip
         types = [x.dtype, x.dtype, *ctx.types]
-        return None, *(g.to(t) if need else None for g, t, need in zip(grads, types, needs, strict=True))
+        return None, *(cast(g, t) if need else None for g, t, need in zip(grads, types, needs, strict=True))
 
 
 def run(x: Tensor, residual, units: list[ConvBN | BN], kind: int, relu: bool, low: bool, op: str) -> Tensor:

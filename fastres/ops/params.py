@@ -72,6 +72,11 @@ def check_like(x: Tensor, what: str, like: Tensor, of: str = "x") -> None:
         raise ValueError(f"{what}: got device {x.device}, expected that of {of}, {like.device}")
 
 
+def _fits(v, C: int, device: torch.device) -> bool:
+    """Whether `_check_vector` has nothing to say about ``v``; a block asks it thirty times a call."""
+    return v is None or (isinstance(v, Tensor) and v.shape == (C,) and v.dtype in DTYPES and v.device == device)
+
+
 def _check_vector(v, what: str, C: int, device: torch.device) -> None:
     if v is None:
         return
@@ -89,14 +94,14 @@ def check_bn(bn: BN, what: str, C: int, M: int, device: torch.device) -> None:
     """All of a BN's vectors fit ``C`` channels on ``device``; batch statistics have at least two values each."""
     if not isinstance(bn, BN):
         raise TypeError(f"{what}: got {type(bn).__name__}, expected fastres.BN")
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        _check_vector(getattr(bn, name), f"{what}.{name}", C, device)
+    for at, vector in enumerate(bn[:4]):
+        if not _fits(vector, C, device):
+            _check_vector(vector, f"{what}.{BN._fields[at]}", C, device)
     if not bn.eps >= 0:
         raise ValueError(f"{what}.eps: got {bn.eps}, expected a number >= 0")
     if (bn.running_mean is None) != (bn.running_var is None):
         raise ValueError(f"{what}.running_mean and {what}.running_var: expected both or neither")
-    for name in ("running_mean", "running_var"):
-        buffer = getattr(bn, name)
+    for name, buffer in (("running_mean", bn.running_mean), ("running_var", bn.running_var)):
         if buffer is not None and buffer.requires_grad:
             raise ValueError(f"{what}.{name}: got a tensor that requires grad, expected a buffer without")
     momentum, tracked = bn.momentum, bn.num_batches_tracked
@@ -125,7 +130,12 @@ def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _check_pair(pair, what: str, least: int) -> None:
+def _check_pair(pair, what: str, name: str, least: int) -> None:
+    if type(pair) is tuple and len(pair) == 2:
+        height, width = pair
+        if type(height) is int and type(width) is int and height >= least and width >= least:
+            return
+    what = f"{what}.{name}"
     if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(v, int) for v in pair)):
         raise TypeError(f"{what}: got {pair!r}, expected a tuple of two integers")
     if min(pair) < least:
@@ -143,9 +153,9 @@ def check_conv(
         raise TypeError(f"{what}.weight: got {type(w).__name__}, expected a torch.Tensor")
     if w.dim() != 4 or w.numel() == 0:
         raise ValueError(f"{what}.weight: got shape {tuple(w.shape)}, expected [K, C/groups, R, S], none of them zero")
-    _check_pair(conv.stride, f"{what}.stride", 1)
-    _check_pair(conv.padding, f"{what}.padding", 0)
-    _check_pair(conv.dilation, f"{what}.dilation", 1)
+    _check_pair(conv.stride, what, "stride", 1)
+    _check_pair(conv.padding, what, "padding", 0)
+    _check_pair(conv.dilation, what, "dilation", 1)
     N, C, H, W = shape
     K, per_group, R, S = w.shape
     if not isinstance(conv.groups, int) or conv.groups < 1 or K % conv.groups:
@@ -156,7 +166,8 @@ def check_conv(
         raise TypeError(f"{what}.weight: got dtype {w.dtype}, expected {dtype} (use autocast to mix them)")
     if w.device != device:
         raise ValueError(f"{what}.weight: got device {w.device}, expected {device}")
-    _check_vector(conv.bias, f"{what}.bias", K, device)
+    if not _fits(conv.bias, K, device):
+        _check_vector(conv.bias, f"{what}.bias", K, device)
     P = out_size(H, R, conv.stride[0], conv.padding[0], conv.dilation[0])
     Q = out_size(W, S, conv.stride[1], conv.padding[1], conv.dilation[1])
     if P < 1 or Q < 1:
@@ -172,9 +183,17 @@ def _autocast(device: torch.device) -> bool:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype convolutions run in: autocast's where it is on (as for ``F.conv2d``), else that of ``x``."""
-    if _autocast(x.device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    kind, dtype = x.device.type, x.dtype
+    if dtype is not torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return dtype
+
+
+def weight_dtype(conv, x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What ``conv.weight`` must be for a convolution in ``dtype``: under autocast any float, it is cast on the way."""
+    weight = conv.weight if isinstance(conv, ConvBN) else None
+    free = isinstance(weight, Tensor) and weight.is_floating_point() and _autocast(x.device)
+    return weight.dtype if free else dtype
 
 
 def cast_conv(conv: ConvBN, dtype: torch.dtype) -> ConvBN:

@@ -13,13 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastres import convolution as conv_lib
-from fastres import dispatch
+from fastres import dispatch, riding
 from fastres.backends.reference import acc_dtype
 from fastres.library import register
 from fastres.ops import bn as steps
 from fastres.ops import engine
-from fastres.ops.bn import as_given, matrix, new, nhwc, nothing
+from fastres.ops.bn import as_given, cast, given, matrix, new, nhwc, nothing, saved
 from fastres.ops.conv_bn_act import conv_bn_act_ref
 from fastres.ops.params import BN, ConvBN, cast_conv, check_activation, check_conv, compute_dtype, out_size
 
@@ -50,9 +49,9 @@ def _image(a: Tensor, shape, pool):
 
 
 def _fwd(x, weight, bias, bn_weight, bn_bias, mean, var, batch_stats, eps, geometry, pool, save, backend):
-    k = dispatch.choose(dispatch.Request("stem", x.device, x.dtype, weight.shape[0]), backend)
-    a = conv_lib.fprop(nhwc(x), weight, bias, engine._geometry(geometry, 0))
-    stat = steps.statistics(k, a, bn_weight, bn_bias, mean, var, batch_stats, eps)
+    k = steps.launcher("stem", x, weight.shape[0], backend)
+    a, part = riding.fprop(nhwc(x), weight, bias, engine._geometry(geometry, 0), batch_stats)
+    stat = steps.statistics(k, a, bn_weight, bn_bias, mean, var, batch_stats, eps, part)
     shape = _pooled(a.shape, pool)
     size, window = _image(a, shape, pool)
     out = new(a, shape)
@@ -74,9 +73,11 @@ def _fwd_fake(x, weight, bias, bn_weight, bn_bias, mean, var, batch_stats, eps, 
 
 def _bwd(grad, x, weight, a, idx, stat, geometry, pool, batch_stats, needs, backend):
     """needs: x, conv weight, conv bias, BN weight, BN bias."""
-    k = dispatch.choose(dispatch.Request("stem", x.device, x.dtype, weight.shape[0]), backend)
-    grad, g = nhwc(grad), engine._geometry(geometry, 0)
-    size, window = _image(a, grad.shape, pool)
+    k = steps.launcher("stem", x, weight.shape[0], backend)
+    shape, g = _pooled(a.shape, pool), engine._geometry(geometry, 0)
+    a, stat, idx = saved(a, "a", x), saved(stat, "stat", x, acc_dtype(x.dtype)), saved(idx, "idx", x, torch.uint8)
+    grad = given(grad, "grad", a, shape)
+    size, window = _image(a, shape, pool)
     M, C = matrix(a)
     T = k.tiles(*matrix(grad))
     part = torch.empty((2, T, C), dtype=stat.dtype, device=x.device)
@@ -87,9 +88,9 @@ def _bwd(grad, x, weight, a, idx, stat, geometry, pool, batch_stats, needs, back
         da = new(a, a.shape)
         k.stem_bwd_apply(grad, idx, a, *size, stat, coef, *window, da)
         if needs[1] or needs[2]:
-            dw, db = conv_lib.wgrad(k, da, nhwc(x), weight, g, needs[2])
+            dw, db = riding.wgrad(k, da, nhwc(x), weight, g, needs[2])
         if needs[0]:
-            dx = conv_lib.dgrad(da, x, weight, g)
+            dx = riding.dgrad(da, x, weight, g)
     wanted = (dx, dw if needs[1] else None, db, dgamma, dbeta)
     return tuple(nothing(x) if t is None else t for t in wanted)
 
@@ -126,16 +127,19 @@ class _Stem(torch.autograd.Function):
         ctx.plan = (geometry, pool, bn.training, backend)
         ctx.types = [None if t is None else t.dtype for t in (x, weight, bias, bn_weight, bn_bias)]
         ctx.mark_non_differentiable(stat)
+        ctx.set_materialize_grads(False)  # no zeros in the place of the statistics' gradient
         return out, stat
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _stat):
+        if grad is None:
+            return (None,) * 9
         x, weight, a, idx, stat = ctx.saved_tensors
         geometry, pool, batch_stats, backend = ctx.plan
         needs = list(ctx.needs_input_grad[:5])
         grads = bwd_op(grad, x, weight, a, idx, stat, geometry, pool, batch_stats, needs, backend)
-        wanted = (g.to(t) if need else None for g, t, need in zip(grads, ctx.types, needs, strict=True))
+        wanted = (cast(g, t) if need else None for g, t, need in zip(grads, ctx.types, needs, strict=True))
         return (*wanted, None, None, None, None)
 
 
