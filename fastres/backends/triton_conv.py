@@ -1,0 +1,243 @@
+"""The Triton convolutions behind the signatures of ``reference_conv.py``, plus ``config``: a row of ``conv_configs``.
+
+Arguments are checked here, before anything is written: device, dtype, shape, layout, alignment. ``part`` has
+``conv_parts(kind, problem, config)`` tiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import torch
+
+from fastres.backends import triton as base
+from fastres.backends.replay import replayed
+from fastres.problem import problem_of
+
+_CL = torch.channels_last
+
+
+#: ConvConfig.kernel -> file.
+_MODULES = {
+    "patch": "conv_patch",
+    "rows": "conv_patch",
+    "narrow": "conv_narrow",
+    "image": "conv_image",
+    "gather": "conv_gather",
+    "wgrad_patch": "conv_wgrad",
+    "wgrad_gather": "conv_wgrad",
+}
+
+
+@functools.cache
+def _module(name: str):
+    return importlib.import_module(f"fastres.triton_kernels.{name}")
+
+
+def configs():
+    """``triton_kernels/conv_configs.py``; imports Triton."""
+    return _module("conv_configs")
+
+
+def kernels(config):
+    """The launchers that know ``config``."""
+    return _module(_MODULES[config.kernel])
+
+
+@functools.lru_cache(maxsize=4096)
+def conv_parts(kind: str, problem, config) -> int:
+    """Tiles T of the ``part`` that a launch fills."""
+    return _module("conv_merge").short(kernels(config).parts(kind, problem, config))
+
+
+def _check(fn: str, like, shapes: dict, config) -> None:
+    """Activations and weights by name with the shape they must have; None: not given."""
+    descriptors = config.kernel in ("patch", "rows", "wgrad_patch")
+    for name, (t, shape) in shapes.items():
+        if t is None:
+            continue
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{fn}: {name} must be a tensor, got {type(t).__name__}")
+        if t.dtype is not like.dtype or t.device != like.device:
+            raise ValueError(f"{fn}: {name} must be {like.dtype} on {like.device}, got {t.dtype} on {t.device}")
+        if t.shape != shape:
+            raise ValueError(f"{fn}: {name} must have shape {list(shape)}, got {list(t.shape)}")
+        if not t.is_contiguous(memory_format=_CL):
+            raise ValueError(f"{fn}: {name} must be dense channels_last, got strides {t.stride()}")
+        if descriptors and t.data_ptr() % 16:
+            raise ValueError(f"{fn}: {name} must be aligned to 16 bytes for {config.kernel}, got {t.data_ptr():#x}")
+
+
+def _check_vectors(fn: str, device, vectors: dict) -> None:
+    for name, (t, shape) in vectors.items():
+        if t is None:
+            continue
+        if t.dtype != torch.float32 or t.device != device or not t.is_contiguous() or tuple(t.shape) != tuple(shape):
+            got = f"{t.dtype} {list(t.shape)}, strides {t.stride()}, on {t.device}"
+            raise ValueError(f"{fn}: {name} must be contiguous float32 {list(shape)} on {device}, got {got}")
+
+
+def _check_mask(fn: str, mask, like) -> None:
+    if mask is None:
+        return
+    N, C, H, W = like.shape
+    if mask.dtype != torch.uint8 or not mask.is_contiguous() or mask.numel() != N * H * W * -(-C // 8):
+        raise ValueError(f"{fn}: mask must be contiguous uint8 [{N * H * W}, {-(-C // 8)}], got {list(mask.shape)}")
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 operands enter the tensor cores: PyTorch's own switch for convolutions decides."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def _on(device: torch.device):
+    base_device = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if base_device else _nowhere()
+
+
+class _nowhere:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return False
+
+
+def _with_short_part(kind, problem, config, part, call) -> None:
+    """Run ``call(part)`` with a part of as many tiles as the kernel has, merged into the caller's."""
+    if part is None:
+        call(None)
+        return
+    T = kernels(config).parts(kind, problem, config)
+    if part.shape[1] == T:
+        call(part)
+        return
+    long = part.new_empty((part.shape[0], T, part.shape[2]))
+    call(long)
+    _module("conv_merge").merge(long, part)
+
+
+def conv_fprop(x, w, geometry, out, *, stat=None, bias=None, residual=None, relu=False, part=None, config):
+    """See ``reference_conv.conv_fprop``. bias and stat float32, part float32 [3, conv_parts, K]."""
+    problem = problem_of(x.shape, w.shape, geometry)
+    K, P, Q = problem.K, problem.P, problem.Q
+    y = (problem.N, K, P, Q)
+    _check("conv_fprop", x, {"x": (x, x.shape), "w": (w, w.shape), "out": (out, y), "residual": (residual, y)}, config)
+    if part is not None and (relu or residual is not None):
+        raise ValueError("conv_fprop: part is legal without relu and residual only")
+    T = conv_parts("fprop", problem, config) if part is not None else 0
+    vectors = {"bias": (bias, (K,)), "stat": (stat, (5, problem.C)), "part": (part, (3, T, K))}
+    _check_vectors("conv_fprop", x.device, vectors)
+    launch = kernels(config).conv_fprop
+    with _on(x.device):
+        _with_short_part("fprop", problem, config, part, lambda p: launch(
+            x, w, geometry, out, stat=stat, bias=bias, residual=residual, relu=relu, part=p, config=config,
+            precision=precision(x.dtype)))  # fmt: skip
+
+
+def conv_dgrad(dy, w, geometry, dx, *, pre=None, add=None, mask=None, act=None, stat=None, part=None, y=None, config):
+    """See ``reference_conv.conv_dgrad``. part float32 [2, conv_parts, C]."""
+    problem = problem_of(dx.shape, w.shape, geometry)
+    grad = (problem.N, problem.K, problem.P, problem.Q)
+    x = dx.shape
+    shapes = {"dy": (dy, grad), "w": (w, w.shape), "dx": (dx, x), "add": (add, x), "act": (act, x), "y": (y, x)}
+    _check("conv_dgrad", dy, {**shapes, **({"pre": (pre[0], grad)} if pre else {})}, config)
+    T = conv_parts("dgrad", problem, config) if part is not None else 0
+    _check_vectors("conv_dgrad", dy.device, {"stat": (stat, (5, problem.C)), "part": (part, (2, T, problem.C))})
+    _check_mask("conv_dgrad", mask, dx)
+    if act is None and not (stat is part is y is None):
+        raise ValueError("conv_dgrad: stat, part and y need act")
+    launch = kernels(config).conv_dgrad
+    with _on(dy.device):
+        _with_short_part("dgrad", problem, config, part, lambda p: launch(
+            dy, w, geometry, dx, pre=pre, add=add, mask=mask, act=act, stat=stat, part=p, y=y, config=config,
+            precision=precision(dy.dtype)))  # fmt: skip
+
+
+def conv_wgrad(dy, x, geometry, dw, *, pre=None, stat=None, config):
+    """See ``reference_conv.conv_wgrad``. dw in the dtype of dy or float32."""
+    problem = problem_of(x.shape, dw.shape, geometry)
+    grad = (problem.N, problem.K, problem.P, problem.Q)
+    _check("conv_wgrad", dy, {"dy": (dy, grad), "x": (x, x.shape)}, config)
+    if dw.dtype not in (dy.dtype, torch.float32) or not dw.is_contiguous(memory_format=_CL):
+        raise ValueError(f"conv_wgrad: dw must be channels_last {dy.dtype} or float32, got {dw.dtype} {dw.stride()}")
+    _check_vectors("conv_wgrad", dy.device, {"stat": (stat, (5, problem.C))})
+    with _on(dy.device):
+        kernels(config).conv_wgrad(
+            dy, x, geometry, dw, pre=pre, stat=stat, config=config, precision=precision(dy.dtype)
+        )
+
+
+_SIGNATURES = {
+    "conv_fprop": "x@ w@ geometry out* | stat? bias? residual? relu part? config precision",
+    "conv_dgrad": "dy* w@ geometry dx@ | pre! add? mask? act? stat? part? y? config precision",
+    "conv_wgrad": "dy* x@ geometry dw@ | pre! stat? config precision",
+}
+
+
+@functools.cache
+def _replayed(kernel: str, function: str):
+    """A launcher by the name of its kernel, warm launches repeated without Triton's Python."""
+    launcher = getattr(_module(_MODULES[kernel]), function)
+    return launcher if base.interpreting() else replayed(launcher, _SIGNATURES[function])
+
+
+@functools.cache
+def _merge():
+    launcher = _module("conv_merge").merge
+    return launcher if base.interpreting() else replayed(launcher, "part@ out@")
+
+
+def _with_long_part(launch, parts: int, part, *args, **options) -> None:
+    if part is None or part.shape[1] == parts:
+        launch(*args, part=part, **options)
+        return
+    long = part.new_empty((part.shape[0], parts, part.shape[2]))
+    launch(*args, part=long, **options)
+    _merge()(long, part)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts(kind: str, x_shape, w_shape, geometry, config) -> int:
+    return kernels(config).parts(kind, problem_of(x_shape, w_shape, geometry), config)
+
+
+class _Trusted:
+    """The same functions without their checks, for ops that allocated or checked every argument themselves."""
+
+    conv_parts = staticmethod(conv_parts)
+
+    @staticmethod
+    def conv_fprop(x, w, geometry, out, *, stat=None, bias=None, residual=None, relu=False, part=None, config):
+        parts = 0 if part is None else _parts("fprop", x.shape, w.shape, geometry, config)
+        _with_long_part(
+            _replayed(config.kernel, "conv_fprop"), parts, part, x, w, geometry, out, stat=stat, bias=bias,
+            residual=residual, relu=relu, config=config, precision=precision(x.dtype),
+        )  # fmt: skip
+
+    @staticmethod
+    def conv_dgrad(dy, w, geometry, dx, *, pre=None, add=None, mask=None, act=None, stat=None, part=None, y=None,
+                   config):  # fmt: skip
+        parts = 0 if part is None else _parts("dgrad", dx.shape, w.shape, geometry, config)
+        _with_long_part(
+            _replayed(config.kernel, "conv_dgrad"), parts, part, dy, w, geometry, dx, pre=pre, add=add,
+            mask=mask, act=act, stat=stat, y=y, config=config, precision=precision(dy.dtype),
+        )  # fmt: skip
+
+    @staticmethod
+    def conv_wgrad(dy, x, geometry, dw, *, pre=None, stat=None, config):
+        launch = _replayed(config.kernel, "conv_wgrad")
+        launch(dy, x, geometry, dw, pre=pre, stat=stat, config=config, precision=precision(dy.dtype))
+
+
+trusted = _Trusted()
+
+
+def conv_candidates(request) -> tuple:
+    """Configurations for a ``fastres.problem.ConvRequest``, the likeliest winner first; () where none can serve."""
+    itemsize = 4 if request.dtype == "float32" else 2
+    capability = (9, 0) if request.device < 0 else torch.cuda.get_device_capability(request.device)
+    return configs().candidates(request.kind, request.problem, request.hooks, itemsize, capability)

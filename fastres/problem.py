@@ -1,0 +1,97 @@
+"""What a convolution is asked to do, as plain data: the key under which kernels are chosen, verified and tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: stride, padding, dilation (height, width each), groups.
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+
+#: Work that may ride along, by kind; the arguments of ``backends/reference_conv.py`` they stand for.
+HOOKS = {
+    "fprop": ("prologue", "bias", "residual", "relu", "stats"),  # stat, bias, residual, relu, part
+    "dgrad": ("pre", "add", "mask", "act", "reduce", "y"),  # pre, add, mask, act + stat, part, y
+    "wgrad": ("pre", "prologue"),  # pre, stat
+}
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """Sizes of one convolution: x [N, C, H, W], w [K, C/groups, R, S], y [N, K, P, Q]."""
+
+    N: int
+    H: int
+    W: int
+    C: int
+    K: int
+    R: int
+    S: int
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def P(self) -> int:
+        return (self.H + 2 * self.padding[0] - self.dilation[0] * (self.R - 1) - 1) // self.stride[0] + 1
+
+    @property
+    def Q(self) -> int:
+        return (self.W + 2 * self.padding[1] - self.dilation[1] * (self.S - 1) - 1) // self.stride[1] + 1
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.stride, self.padding, self.dilation, self.groups
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of fprop, dgrad or wgrad (padding counted)."""
+        return 2 * self.N * self.P * self.Q * self.K * (self.C // self.groups) * self.R * self.S
+
+    @property
+    def elements(self) -> tuple[int, int, int]:
+        """Elements of x, w and y."""
+        x = self.N * self.H * self.W * self.C
+        return x, self.K * (self.C // self.groups) * self.R * self.S, self.N * self.P * self.Q * self.K
+
+    def __str__(self) -> str:
+        text = f"{self.N}x{self.C}x{self.H}x{self.W} -> {self.K}, {self.R}x{self.S}"
+        for name, value, usual in (
+            ("stride", self.stride, (1, 1)),
+            ("padding", self.padding, (0, 0)),
+            ("dilation", self.dilation, (1, 1)),
+        ):
+            if value != usual:
+                text += f", {name} {value[0]}" if value[0] == value[1] else f", {name} {value[0]}x{value[1]}"
+        return text + (f", groups {self.groups}" if self.groups > 1 else "")
+
+
+@dataclass(frozen=True)
+class ConvRequest:
+    """One convolution with its hooks. ``kind``: fprop, dgrad or wgrad; ``hooks``: a sorted tuple from `HOOKS`;
+    ``dtype``: "float32", "bfloat16" or "float16"; ``device``: index of the GPU, -1 for CPU tensors."""
+
+    kind: str
+    problem: ConvProblem
+    dtype: str
+    hooks: tuple[str, ...] = ()
+    device: int = 0
+
+    def __post_init__(self):
+        if self.kind not in HOOKS:
+            raise ValueError(f"kind: got {self.kind!r}, expected one of {', '.join(HOOKS)}")
+        unknown = set(self.hooks) - set(HOOKS[self.kind])
+        if unknown or tuple(sorted(self.hooks)) != self.hooks:
+            raise ValueError(f"hooks: got {self.hooks}, expected a sorted tuple from {HOOKS[self.kind]}")
+
+    def __str__(self) -> str:
+        riding = f" + {', '.join(self.hooks)}" if self.hooks else ""
+        return f"{self.kind}{riding} of {self.problem}, {self.dtype}"
+
+
+def problem_of(x_shape, w_shape, geometry: Geometry) -> ConvProblem:
+    """The problem of x ``[N, C, H, W]`` and w ``[K, C/groups, R, S]``."""
+    N, C, H, W = x_shape
+    K, _, R, S = w_shape
+    stride, padding, dilation, groups = geometry
+    return ConvProblem(N, H, W, C, K, R, S, tuple(stride), tuple(padding), tuple(dilation), groups)
