@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,10 +10,8 @@ from torch import nn
 
 import fastres
 from fastres import verify
+from fastres.bench.timing import device_times
 from fastres.nn import AddReLU, BasicBlock, BatchNormAct2d, Bottleneck, ConvBNAct2d, Stem
-
-#: Larger than the L2 of any GPU in sight: what it writes pushes everything else out.
-FLUSH_BYTES = 2**28
 
 
 def resnet50_matrices(batch: int) -> tuple[tuple[int, int], ...]:
@@ -96,31 +93,6 @@ def training_call(call: Callable, inputs: list[torch.Tensor], device: torch.devi
         out.backward(torch.ones_like(out))
 
     return run
-
-
-def device_times(call: Callable, device: torch.device, runs: int, warmup: int = 3) -> list[float]:
-    """Seconds of each run, the caches of a GPU flushed before it; on a GPU by events, host time not included.
-
-    The flush runs long enough for the host to queue the next launches behind it.
-    """
-    for _ in range(warmup):
-        call()
-    if device.type != "cuda":
-        times = []
-        for _ in range(runs):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return times
-    trash = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
-    for before, after in marks:
-        trash.zero_()
-        before.record()
-        call()
-        after.record()
-    torch.cuda.synchronize(device)
-    return [before.elapsed_time(after) / 1e3 for before, after in marks]
 
 
 def copy_bandwidth(device: torch.device, nbytes: int) -> float:

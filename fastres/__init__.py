@@ -9,6 +9,7 @@ from fastres.ops.bottleneck import bottleneck
 from fastres.ops.conv_bn_act import conv_bias_act, conv_bn_act, fold_conv_bn
 from fastres.ops.params import BN, ConvBN
 from fastres.ops.stem import stem
+from fastres.tuning_run import tune
 
 __version__ = "0.1.0"
 
@@ -28,5 +29,6 @@ __all__ = [
     "report",
     "restore",
     "stem",
+    "tune",
     "unfreeze_bn",
 ]

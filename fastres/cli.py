@@ -1,4 +1,4 @@
-"""The ``fastres`` command: doctor, bench, report."""
+"""The ``fastres`` command: doctor, bench, tune, report."""
 
 from __future__ import annotations
 
@@ -98,6 +98,11 @@ def doctor(
     if not short:
         console.print(_choices(found["choices"]))
 
+    from fastres import cli_tune
+
+    for table in cli_tune.section(found["tuning"], short):
+        console.print(table)
+
 
 def _pairs(title: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=False)
@@ -157,6 +162,7 @@ def bench(
     memory: Annotated[str, typer.Option(help="default, or low: recompute more, save less (training).")] = "default",
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave torch.compile out.")] = False,
     compile_mode: Annotated[str, typer.Option(help="Mode of torch.compile.")] = "default",
+    graph: Annotated[bool, typer.Option("--graph", help="Also eager and fastres as CUDA graphs (GPU).")] = False,
     json_file: Annotated[str, typer.Option("--json", help="Write the rows, with their provenance, to FILE.")] = "",
     png_file: Annotated[str, typer.Option("--png", help="Draw a bar chart into FILE.")] = "",
 ) -> None:
@@ -168,7 +174,7 @@ def bench(
     case = harness.Case(
         model=model, train=train, dtype=dtype, batch=batch, size=size, threads=threads, seconds=seconds,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"), images=images or None, memory=memory,
-        compile=not no_compile, compile_mode=compile_mode,
+        compile=not no_compile, compile_mode=compile_mode, graph=graph,
     ).checked()  # fmt: skip
     # Inductor's "No CUDA runtime is found" would tear the progress bar; doctor says it better.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -257,6 +263,29 @@ def _footnotes(result) -> list[str]:
 
     lines.append(rows.caption(first).splitlines()[0])
     return lines
+
+
+# ---- tune
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="resnet50, resnext50_32x4d, ...: a wrong name lists them all.")],
+    batch: Annotated[int, typer.Option(help="Images in a batch: winners hold for this size.")] = 256,
+    size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 224,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; training uses autocast.")] = "bf16",
+    train: Annotated[bool, typer.Option("--train/--infer", help="Forward and backward, or inference alone.")] = True,
+) -> None:
+    """Find the fastest right kernel for each convolution of a model on this GPU, and keep the winners."""
+    from fastres import cli_tune
+
+    rows = cli_tune.tune(model, batch, size, dtype, train)
+    job = "training" if train else "inference"
+    for part in cli_tune.results(rows, f"{model}, {job}: batch {batch}, {size} px, {dtype}"):
+        if isinstance(part, str):
+            console.print(part, style="dim", highlight=False, soft_wrap=True, markup=False)
+        else:
+            console.print(part)
 
 
 # ---- report

@@ -189,6 +189,13 @@ def _self_check(request, name: str) -> list[str]:
     return [wrong] if wrong else []
 
 
+def tuning() -> dict:
+    """Where the verdicts and winners of the tuning are kept, which are in force on each GPU, what was rejected."""
+    from fastres.tuning import status
+
+    return status()
+
+
 def settings() -> dict[str, str]:
     """The switches in force: threads, fp32 precision, and the FASTRES_* variables that are set."""
     found = {
@@ -212,6 +219,7 @@ def examine(verify: bool = False) -> dict:
         "extensions": extensions(),
         "backends": backends(),
         "choices": choices(verify),
+        "tuning": tuning(),
         "openmp": openmp_runtimes(),
     }
 

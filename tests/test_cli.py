@@ -53,6 +53,10 @@ def command(monkeypatch, capsys):
         (["bench"], "model"),
         (["bench", "resnet18", "--nonsense"], "--nonsense"),
         (["benhc"], "benhc"),
+        (["tune", "resnet49"], "got 'resnet49', expected one of resnet18"),
+        (["tune", "resnet18", "--dtype", "fp8"], "--dtype: got 'fp8', expected one of fp32, bf16, fp16"),
+        (["tune", "resnet18", "--batch", "1"], "--batch: got 1, expected at least 2"),
+        (["tune", "resnet18", "--infer", "--size", "8"], "--size: got 8, expected at least 32"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -41,8 +41,17 @@ CEILING = 420
 #: Layers from the bottom up: a module may import from its own layer and from those above it in this list.
 LAYERS = (
     ("fastres.backends.reference", "fastres.triton_kernels", "fastres._cpu", "fastres._cuda", "fastres._emulator"),
+    ("fastres.problem", "fastres.bench.timing"),  # plain data; a stopwatch
     ("fastres.backends", "fastres.library"),
     ("fastres.verify", "fastres.dispatch", "fastres.convolution"),
+    (
+        "fastres.tuning",
+        "fastres.tuning_cache",
+        "fastres.tuning_check",
+        "fastres.tuning_run",
+        "fastres.tuning_trial",
+        "fastres.riding",
+    ),  # fmt: skip
     ("fastres.ops",),
     ("fastres.testing",),
     ("fastres.nn",),
@@ -51,7 +60,7 @@ LAYERS = (
     ("fastres.doctor",),
     ("fastres.bench",),
     ("fastres.figures",),
-    ("fastres.cli",),
+    ("fastres.cli", "fastres.cli_tune"),
     ("fastres.__main__",),
 )
 

@@ -35,6 +35,7 @@ class Case:
     memory: str = "default"
     compile: bool = True
     compile_mode: str = "default"
+    graph: bool = False
     seed: int = 0
 
     def checked(self) -> Case:
@@ -63,6 +64,8 @@ class Case:
             raise BenchError(f"--device: got {self.device!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
         if self.images is not None:
             photographs(self.images)
+        if self.graph and device.type != "cuda":
+            raise BenchError("--graph: a CUDA graph needs --device cuda")
         modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
         if self.compile_mode not in modes:
             raise BenchError(f"--compile-mode: got {self.compile_mode!r}, expected one of {', '.join(modes)}")
@@ -83,12 +86,14 @@ class Result:
 def run(case: Case, progress: Callable[[str, float], None] = lambda text, fraction: None) -> Result:
     """Measure ``case``. ``progress`` hears what is going on and how far it is, 0 to 1."""
     case = case.checked()
-    before = torch.get_num_threads()
+    before = torch.get_num_threads(), torch.backends.cudnn.benchmark
     torch.set_num_threads(case.threads)
+    torch.backends.cudnn.benchmark = True  # the baseline a user can have with one line; it serves every contestant
     try:
         return _run(case, progress)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def _run(case: Case, progress) -> Result:
@@ -113,6 +118,8 @@ def _run(case: Case, progress) -> Result:
             errors[name] = _errors(engine.first(), truth, dtype)
             for _ in range(WARMUP):
                 engine.run()
+            if name.endswith(", CUDA graph"):
+                engine = engines.captured(engine)
         except Exception as error:  # a contestant that cannot run is a row with its reason, not a crash
             if name == rows.BASELINE:
                 raise BenchError(f"the eager baseline cannot run this case: {_first_line(error)}") from error
@@ -161,6 +168,9 @@ def _contestants(case: Case, model: nn.Module, x, labels, dtype) -> dict[str, Ca
         found["torch.compile"] = compiled
     how = contestants.fused(case.train, case.memory)
     found["fastres"] = lambda: engine("fastres", how=how)
+    if case.graph:
+        found["eager, CUDA graph"] = lambda: engine("eager")
+        found["fastres, CUDA graph"] = lambda: engine("fastres", how=how)
     return found
 
 
@@ -185,7 +195,7 @@ def _memory(engine: engines.Engine, device: torch.device) -> dict:
     found = {}
     if "saved_bytes" in engine.details and engine.name != "torch.compile":
         found["saved_for_backward_bytes"] = engine.details["saved_bytes"]()
-    if device.type == "cuda":
+    if device.type == "cuda" and "graph" not in engine.details:  # a graph's buffers are its own, for good
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
         base = torch.cuda.memory_allocated(device)
@@ -213,7 +223,7 @@ def _rows(case: Case, times, errors, memory, source: str, baseline: str) -> list
             "dtype": case.dtype,
             "layout": "channels_last",
             "device": case.device,
-            "memory": case.memory if name == "fastres" else "default",
+            "memory": case.memory if name.startswith("fastres") else "default",
             "backend": name,
             **timing.summary(samples),
             "error_vs_float64": errors[name],

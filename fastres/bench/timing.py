@@ -1,15 +1,22 @@
-"""Turn-taking timing: every variant meets the same drift of the machine."""
+"""Turn-taking timing: every variant meets the same drift of the machine. And a device's own time, caches cold."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
+
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 MIN_RUNS = 3
 # Below this a call profits from what the previous call of the same variant left in the caches, so the
 # first call of a turn is not counted; a longer call sweeps the caches by itself.
 SHORT_S = 0.1
+#: Larger than the L2 of any GPU in sight: what it writes pushes everything else out.
+FLUSH_BYTES = 2**28
+#: One flush takes at least this long: no memory in sight is written at more than 5 TB/s.
+SWEEP_S = FLUSH_BYTES / 5e12
+MOST_SWEEPS = 100
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -66,3 +73,33 @@ def summary(times: Sequence[float]) -> dict:
         "quantiles_ms": {f"p{round(q * 100)}": quantile(times, q) * 1e3 for q in QUANTILES},
         "runs": len(times),
     }
+
+
+def device_times(call: Callable[[], object], device: torch.device, runs: int, warmup: int = 3) -> list[float]:
+    """Seconds of each run, the caches of a GPU flushed before it; on a GPU by events, host time not included.
+
+    The flush is repeated until it takes the GPU longer than the host takes to queue the launches of a run behind it.
+    """
+    for _ in range(warmup):
+        call()
+    if device.type != "cuda":
+        times = []
+        for _ in range(runs):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return times
+    trash = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    sweeps = min(MOST_SWEEPS, 1 + int((time.perf_counter() - start) / SWEEP_S))
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for before, after in marks:
+        for _ in range(sweeps):
+            trash.zero_()
+        before.record()
+        call()
+        after.record()
+    torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) / 1e3 for before, after in marks]
