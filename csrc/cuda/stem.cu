@@ -160,6 +160,11 @@ stem_bwd_reduce_kernel(Rows s, Pool g, const T* grad, const u8* idx, const T* x,
     write_sums<2>(s, at, shared, part);
 }
 
+// The first window that holds padded coordinate h.
+DEVICE int first_window(int h, int k, int stride) {
+    return h < k ? 0 : (h - k) / stride + 1;
+}
+
 // A pixel gathers from the windows that hold it: no scatter, every element written once.
 template <class T, class A>
 KERNEL(2)
@@ -168,23 +173,39 @@ stem_bwd_apply_kernel(Rows s, Pool g, const T* grad, const u8* idx, const T* x, 
     const Place at = place(s);
     if (at.n == 0) return;
     const Gradient to_dx = load_gradient<A>(stat, coef, s, at);
+    const int k = static_cast<int>(g.k), stride = static_cast<int>(g.stride), pad = static_cast<int>(g.pad);
     for (i64 i = at.n - 1; i >= 0; --i) {
         const i64 row = at.lo + i * s.depth;
         const Pixel in = pixel(row, g.H, g.W);
         const Pack<T> raw = load_pack<A, true>(x + row * s.C + at.c, at.valid);
-        const i64 h = in.h + g.pad, w = in.w + g.pad;  // in padded coordinates window p begins at p * stride
-        const i64 p_first = ceil_div(most<i64>(h - g.k + 1, 0), g.stride), p_last = least(h / g.stride, g.P - 1);
-        const i64 q_first = ceil_div(most<i64>(w - g.k + 1, 0), g.stride), q_last = least(w / g.stride, g.Q - 1);
+        // In padded coordinates window p begins at p * stride.
+        const int h = static_cast<int>(in.h) + pad, w = static_cast<int>(in.w) + pad;
+        const int p_first = first_window(h, k, stride), p_last = least(h / stride, static_cast<int>(g.P) - 1);
+        const int q_first = first_window(w, k, stride), q_last = least(w / stride, static_cast<int>(g.Q) - 1);
         float sum[kVec] = {};
-        for (i64 p = p_last; p >= p_first; --p) {  // descending windows are ascending taps
-            for (i64 q = q_last; q >= q_first; --q) {
-                const u32 code = static_cast<u32>((h - p * g.stride) * g.k + w - q * g.stride);
-                const i64 offset = ((in.n * g.P + p) * g.Q + q) * s.C + at.c;
-                const Word2 taps = load_taps<A>(idx + offset, at.valid);
-                float v[kVec];
-                unpack(load_pack<A, false>(grad + offset, at.valid), v);
+        // Descending windows are ascending taps. Several are in flight: in 16 bit four, all that hold a pixel if
+        // k <= 2*stride; in float32 two, since with four sm_100 spilled.
+        constexpr int kFlight = sizeof(T) == 2 ? 4 : 2;
+        for (int p = p_last; p >= p_first; p -= kFlight / 2) {
+            for (int q = q_last; q >= q_first; q -= 2) {
+                Word2 taps[kFlight];
+                Pack<T> passing[kFlight];
 #pragma unroll
-                for (int j = 0; j < kVec; ++j) sum[j] += tap_of(taps, j) == code ? v[j] : 0.0f;
+                for (int u = 0; u < kFlight; ++u) {
+                    if (p - u / 2 < p_first || q - u % 2 < q_first) continue;
+                    const i64 offset = ((in.n * g.P + p - u / 2) * g.Q + q - u % 2) * s.C + at.c;
+                    taps[u] = load_taps<A>(idx + offset, at.valid);
+                    passing[u] = load_pack<A, false>(grad + offset, at.valid);
+                }
+#pragma unroll
+                for (int u = 0; u < kFlight; ++u) {
+                    if (p - u / 2 < p_first || q - u % 2 < q_first) continue;
+                    const u32 code = static_cast<u32>((h - (p - u / 2) * stride) * k + w - (q - u % 2) * stride);
+                    float v[kVec];
+                    unpack(passing[u], v);
+#pragma unroll
+                    for (int j = 0; j < kVec; ++j) sum[j] += tap_of(taps[u], j) == code ? v[j] : 0.0f;
+                }
             }
         }
         float v[kVec];
