@@ -72,10 +72,20 @@ STAGES = (
     _sanitized("memcheck", "every CUDA launch function once: out-of-bounds and misaligned accesses"),
     _sanitized("racecheck", "the same: races in shared memory"),
     _sanitized("synccheck", "the same: divergent barriers"),
+    _stage("conv-kernels", "every convolution kernel, configuration and combination of hooks on odd shapes"),
+    _stage(
+        "cudnn", "cuDNN's graphs through nvidia-cudnn-frontend, where installed: right, repeatable, how fast"
+    ),
+    _stage("framework", "torch.compile without graph breaks, no host synchronisation, CUDA graph capture"),
+    _stage("tune-256", "verified tuning of resnet50's training convolutions, batch 256; the winners serve below"),
+    _stage("tune-64", "the same for batch 64"),
     _stage("bandwidth", "GB/s of every launch function on ResNet-50 layers, and its share of a plain copy"),
     _stage("op-times", "each op, forward and backward: eager, torch.compile, both GPU backends"),
-    _stage("train-64", "a resnet50 training step, batch 64, bf16: eager, torch.compile, fastres; peak memory"),
-    _stage("train-256", "the same with batch 256, and with memory=low"),
+    _stage("train-64", "a resnet50 training step, batch 64, bf16: eager, torch.compile, fastres, CUDA graphs; memory"),
+    _stage("train-256", "the same with batch 256"),
+    _stage("train-256-low", "the same with memory=low, beside eager"),
+    _stage("train-256-autotune", "the same beside torch.compile(mode='max-autotune')"),
+    _stage("profile", "time by kernel of the batch 256 step, and ncu's report of our slowest kernel"),
     _stage("infer", "resnet50 inference, bf16, batch 1 and 64"),
 )
 

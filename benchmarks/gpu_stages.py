@@ -24,6 +24,8 @@ STAGE = sys.argv[1] if len(sys.argv) > 1 else ""
 if REHEARSAL and "triton" in STAGE:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it while it is imported
 
+import gpu_conv  # noqa: E402
+import gpu_cudnn  # noqa: E402
 import kernel_cases  # noqa: E402
 import launch_tests  # noqa: E402
 import timing  # noqa: E402
@@ -283,10 +285,10 @@ def op_times() -> bool:
 
 def model(*cases: dict) -> bool:
     for options in cases:
-        case = bench.Case("resnet50", dtype="bf16", device="cuda", seconds=60, **options)
+        case = bench.Case("resnet50", dtype="bf16", device="cuda", seconds=15, **options)
         if REHEARSAL:
             case = bench.Case(**{**vars(case), "model": "resnet18", "device": "cpu", "dtype": "fp32", "batch": 2,
-                                 "size": 32, "seconds": 0.1, "compile": False})  # fmt: skip
+                                 "size": 32, "seconds": 0.1, "compile": False, "graph": False})  # fmt: skip
         result = bench.run(case)
         for row in result.rows:
             emit(**row)
@@ -302,8 +304,17 @@ STAGES: dict[str, Callable[[], bool]] = {
     "launch-once": launch_once,
     "bandwidth": bandwidth,
     "op-times": op_times,
-    "train-64": lambda: model({"train": True, "batch": 64}),
-    "train-256": lambda: model({"train": True, "batch": 256}, {"train": True, "batch": 256, "memory": "low"}),
+    "conv-kernels": lambda: gpu_conv.conv_kernels(emit, REHEARSAL),
+    "tune-256": lambda: gpu_conv.tune(emit, REHEARSAL, 256),
+    "tune-64": lambda: gpu_conv.tune(emit, REHEARSAL, 64),
+    "cudnn": lambda: gpu_cudnn.run(emit),
+    "framework": lambda: gpu_conv.framework(emit, REHEARSAL),
+    "profile": lambda: gpu_conv.profile(emit, REHEARSAL),
+    "one-step": lambda: gpu_conv.one_step(emit, REHEARSAL),
+    "train-64": lambda: model({"train": True, "batch": 64, "graph": True}),
+    "train-256": lambda: model({"train": True, "batch": 256, "graph": True}),
+    "train-256-low": lambda: model({"train": True, "batch": 256, "memory": "low", "compile": False}),
+    "train-256-autotune": lambda: model({"train": True, "batch": 256, "compile_mode": "max-autotune"}),
     "infer": lambda: model({"batch": 1, "compile_mode": "reduce-overhead"}, {"batch": 64}),
 }
 

@@ -41,10 +41,11 @@ def test_without_a_gpu_it_says_what_it_would_do_and_rehearses(tmp_path, gpu_chec
     assert not list(tmp_path.iterdir()), "a rehearsal leaves no result behind"
 
 
-#: The code behind the stages. Two are rehearsed above; train-256 is train-64 twice.
+#: The code behind the stages. Two are rehearsed above; the others of training are train-64 with other numbers.
 REHEARSED = ("kernels-cuda", "launch-once")
-STAGES = ("kernels-triton", "ops", "bandwidth", "op-times", "train-64", "infer")
-TWICE = ("train-256",)
+STAGES = ("kernels-triton", "ops", "conv-kernels", "cudnn", "framework", "tune-256", "bandwidth", "op-times", "train-64",
+          "infer", "profile", "one-step")  # fmt: skip
+TWICE = ("train-256", "train-256-low", "train-256-autotune", "tune-64")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -54,8 +55,8 @@ def test_every_stage_runs_on_the_cpu(stage, tmp_path):
     command = [sys.executable, str(BENCHMARKS / "gpu_stages.py"), stage]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = [json.loads(line) for line in rows_file.read_text().splitlines()]
-    assert found and all(row["stage"] == stage for row in found)
+    found = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
+    assert (found or stage == "one-step") and all(row["stage"] == stage for row in found)
     assert not [row for row in found if row.get("status") == "failed"]
 
 
@@ -63,7 +64,7 @@ def test_every_stage_ends_within_nine_minutes(gpu_check):
     assert all(stage.limit <= 540 for stage in gpu_check.STAGES)
     assert len({stage.name for stage in gpu_check.STAGES}) == len(gpu_check.STAGES)
     covered = {stage.command[-1] for stage in gpu_check.STAGES[1:]}
-    assert covered == {*REHEARSED, *STAGES, *TWICE}, "each stage's code is rehearsed above"
+    assert covered == {*REHEARSED, *STAGES, *TWICE} - {"one-step"}, "each stage's code is rehearsed above"
 
 
 def script(gpu_check, name: str, text: str):
