@@ -43,8 +43,10 @@ def test_without_a_gpu_it_says_what_it_would_do_and_rehearses(tmp_path, gpu_chec
 
 #: The code behind the stages. Two are rehearsed above; the others of training are train-64 with other numbers.
 REHEARSED = ("kernels-cuda", "launch-once")
-STAGES = ("kernels-triton", "ops", "conv-kernels", "cudnn", "framework", "tune-256", "bandwidth", "op-times", "train-64",
-          "infer", "profile", "one-step")  # fmt: skip
+STAGES = (
+    "kernels-triton", "ops", "conv-kernels", "cudnn", "framework", "tune-256", "bandwidth", "op-times", "train-64",
+    "infer", "profile", "one-step",
+)  # fmt: skip
 TWICE = ("train-256", "train-256-low", "train-256-autotune", "tune-64")
 
 

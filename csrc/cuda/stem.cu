@@ -161,9 +161,7 @@ stem_bwd_reduce_kernel(Rows s, Pool g, const T* grad, const u8* idx, const T* x,
 }
 
 // The first window that holds padded coordinate h.
-DEVICE int first_window(int h, int k, int stride) {
-    return h < k ? 0 : (h - k) / stride + 1;
-}
+DEVICE int first_window(int h, int k, int stride) { return h < k ? 0 : (h - k) / stride + 1; }
 
 // A pixel gathers from the windows that hold it: no scatter, every element written once.
 template <class T, class A>
