@@ -1,4 +1,5 @@
-"""The Triton convolutions without a GPU: triton_conv_cases.py on Triton's CPU interpreter, in a process of its own."""
+"""The Triton convolutions without a GPU, alone and in the block engine: on Triton's CPU interpreter, in a process of
+their own."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ HERE = Path(__file__).resolve().parent
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: its kernels cannot be interpreted"
 )
-def test_convolutions_on_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "triton_conv_cases.py")]
+@pytest.mark.parametrize("cases", ["triton_conv_cases.py", "triton_engine_cases.py"])
+def test_convolutions_on_the_interpreter(cases):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / cases)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PYTEST_"))}
     done = subprocess.run(
         command,

@@ -1,0 +1,81 @@
+"""The block engine on our own convolutions, under Triton's interpreter: every rider of a training step, end to end.
+
+Run by test_triton_conv.py with TRITON_INTERPRET=1. float16 with 64-channel blocks takes the tensor-descriptor kernels;
+nothing is measured or verified first, the likeliest configuration serves.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastres
+from fastres import tuning
+from fastres.nn import Bottleneck
+
+#: Requests that a step of the two blocks below must have made, served by kernels of ours.
+RIDERS = {
+    "fprop + stats",
+    "dgrad + act, reduce, y",
+    "dgrad + add, mask",
+    "dgrad + add",
+    "dgrad",
+    "wgrad",
+}
+
+
+def _blocks():
+    torch.manual_seed(0)
+    projection = nn.Sequential(nn.Conv2d(64, 256, 1, bias=False), nn.BatchNorm2d(256))
+    for block, shape in ((Bottleneck(256, 64), (2, 256, 7, 6)), (Bottleneck(64, 64, 1, projection), (2, 64, 6, 7))):
+        for parameter in block.parameters():
+            if parameter.dim() == 1:
+                nn.init.uniform_(parameter, 0.5, 1.5)
+        yield block.train().to(memory_format=torch.channels_last), torch.randn(shape)
+
+
+def _step(block, x, backend: str, dtype: torch.dtype, memory: str) -> dict[str, torch.Tensor]:
+    learner = copy.deepcopy(block).to(dtype)
+    if dtype == torch.float16:
+        for module in learner.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.float()
+    learner._fastres_memory = memory
+    x = x.to(dtype, memory_format=torch.channels_last).requires_grad_()
+    with fastres.backend(backend):
+        out = learner(x)
+        out.backward((torch.arange(out.numel()) % 7 / 7).view(out.shape).to(out.dtype))
+    found = {"out": out.detach(), "grad of x": x.grad}
+    found |= {f"grad of {name}": p.grad for name, p in learner.named_parameters()}
+    return found | {name: b for name, b in learner.named_buffers() if b.is_floating_point()}
+
+
+def _distance(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((value.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("memory", ["default", "low"])
+def test_engine_equals_the_reference(memory, monkeypatch):
+    asked = {}
+    choose = tuning.choose
+
+    def spy(request):
+        choice = choose(request)
+        asked[str(request).partition(" of ")[0]] = choice.backend
+        return choice
+
+    monkeypatch.setattr(tuning, "choose", spy)
+    tuning.forget()
+    for block, x in _blocks():
+        truth = _step(block, x, "reference", torch.float64, memory)
+        plain = _step(block, x, "reference", torch.float16, memory)
+        ours = _step(block, x, "triton", torch.float16, memory)
+        for name, value in ours.items():
+            near, far = _distance(value, truth[name]), _distance(plain[name], truth[name])
+            assert near <= 1.5 * far + 1e-4, f"{name}: {near:.3g} from float64, the reference {far:.3g}"
+    # The recomputed activation is at hand already where the last convolution was computed again.
+    expected = RIDERS | ({"dgrad + act, reduce"} if memory == "low" else set())
+    assert {what for what, backend in asked.items() if backend == "triton"} >= expected
