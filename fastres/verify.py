@@ -80,8 +80,9 @@ def _compare(ours: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype, M: int
     if not ours.is_floating_point():
         # Masks and tap codes may flip where the rounded value sits on the decision: a bounded share only.
         share = (ours != truth).double().mean().item() if ours.numel() else 0.0
-        # In 16 bit one window in sixty has two maxima that float64 tells apart (2240 windows: 1.0% to 2.1% seen).
-        allowed = 0.02 if dtype.itemsize > 2 else 0.05
+        # In 16 bit a pooling window may have two maxima that float64 tells apart: up to 4.6% of 2240 windows over 200
+        # seeds, right CPU kernels in bfloat16. A wrong tap is wrong in most windows.
+        allowed = 0.02 if dtype.itemsize > 2 else 0.1
         return f"differs in {share:.2%} of its bytes" if share > allowed else ""
     scale = truth.abs().max().item() if truth.numel() else 0.0
     # Activations: one rounding of dtype. Per-channel vectors: fp32 sums of M terms.
