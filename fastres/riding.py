@@ -57,10 +57,6 @@ def _decide(key: tuple):
     return found
 
 
-def _weight(w: Tensor) -> Tensor:
-    return w if w.is_contiguous(memory_format=_CL) else w.contiguous(memory_format=_CL)
-
-
 def _part(planes: int, module, request: ConvRequest, config, channels: int, like: Tensor) -> Tensor:
     T = module.conv_parts(request.kind, request.problem, config)
     return torch.empty((planes, T, channels), dtype=torch.float32, device=like.device)
@@ -78,7 +74,7 @@ def fprop(x: Tensor, w: Tensor, bias: Tensor | None, g: Geometry, stats: bool, a
     p = request.problem
     y = torch.empty((p.N, p.K, p.P, p.Q), dtype=x.dtype, device=x.device, memory_format=_CL)
     part = None if again else _part(3, module, request, config, p.K, x)
-    module.conv_fprop(x, _weight(w), g, y, part=part, config=config)
+    module.conv_fprop(x, w.contiguous(memory_format=_CL), g, y, part=part, config=config)
     return y, part
 
 
@@ -92,7 +88,7 @@ def fprop_act(x: Tensor, w: Tensor, bias: Tensor | None, g: Geometry, residual: 
     module, request, config = ours
     p = request.problem
     y = torch.empty((p.N, p.K, p.P, p.Q), dtype=x.dtype, device=x.device, memory_format=_CL)
-    module.conv_fprop(x, _weight(w), g, y, bias=bias, residual=residual, relu=relu, config=config)
+    module.conv_fprop(x, w.contiguous(memory_format=_CL), g, y, bias=bias, residual=residual, relu=relu, config=config)
     return y
 
 
@@ -103,7 +99,7 @@ def dgrad(dy: Tensor, x: Tensor, w: Tensor, g: Geometry) -> Tensor:
         return library.dgrad(dy, x, w, g)
     module, _, config = ours
     dx = torch.empty(x.shape, dtype=dy.dtype, device=dy.device, memory_format=_CL)
-    module.conv_dgrad(dy, _weight(w), g, dx, config=config)
+    module.conv_dgrad(dy, w.contiguous(memory_format=_CL), g, dx, config=config)
     return dx
 
 
@@ -119,7 +115,7 @@ def dgrad_act(dy: Tensor, w: Tensor, g: Geometry, act: Tensor, stat: Tensor, wan
     dx = torch.empty(act.shape, dtype=dy.dtype, device=dy.device, memory_format=_CL)
     y = torch.empty_like(dx) if want_y else None
     part = _part(2, module, request, config, request.problem.C, dy)
-    module.conv_dgrad(dy, _weight(w), g, dx, act=act, stat=stat, part=part, y=y, config=config)
+    module.conv_dgrad(dy, w.contiguous(memory_format=_CL), g, dx, act=act, stat=stat, part=part, y=y, config=config)
     return dx, part, y
 
 
@@ -130,7 +126,7 @@ def dgrad_add(dy: Tensor, w: Tensor, g: Geometry, grad: Tensor, mask: Tensor | N
         return None
     module, _, config = ours
     dx = torch.empty(grad.shape, dtype=dy.dtype, device=dy.device, memory_format=_CL)
-    module.conv_dgrad(dy, _weight(w), g, dx, add=grad, mask=mask, config=config)
+    module.conv_dgrad(dy, w.contiguous(memory_format=_CL), g, dx, add=grad, mask=mask, config=config)
     return dx
 
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 
+from fastres.backends import triton_conv
 from fastres.backends.reference import acc_dtype
 from fastres.problem import ConvProblem, ConvRequest
 from fastres.tuning_trial import Miss, Trial, matrix, quiet
@@ -26,9 +27,8 @@ _MANY_TILES = 129
 
 
 def fp32_mode() -> str:
-    """How PyTorch's convolutions multiply float32: "tf32" or "ieee". Reading ``cudnn.allow_tf32`` raises where someone
-    used the newer switches; this one knows both."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    """How PyTorch's convolutions multiply float32: "tf32" or "ieee"."""
+    return triton_conv.precision(torch.float32)
 
 
 def small(problem: ConvProblem, config) -> ConvProblem:

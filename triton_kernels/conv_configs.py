@@ -9,6 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 
+#: ConvConfig.kernel -> file of its launchers.
+FILES = {
+    "patch": "conv_patch",
+    "rows": "conv_patch",
+    "narrow": "conv_narrow",
+    "image": "conv_image",
+    "gather": "conv_gather",
+    "wgrad_patch": "conv_wgrad",
+    "wgrad_gather": "conv_wgrad",
+}
+#: Fed by tensor descriptors: addresses that are multiples of 16, compute capability 9.0 and later.
+DESCRIPTORS = ("patch", "rows", "image", "wgrad_patch")
+
 
 @dataclasses.dataclass(frozen=True)
 class ConvConfig:

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .batch_norm_act_bwd import gradient_map
+from .configs import blocks
 from .conv_epilogue import stats_rows, sums_rows
 from .tile import channels, load_stat, normalise, passes, relu
 
@@ -239,10 +240,6 @@ def _conv_kernel(
 # ---- launchers
 
 
-def _cells(size: int, tile: int) -> int:
-    return -(-size // tile)
-
-
 def _axis(size: int, taps: int, stride: int, padding: int, dilation: int):
     """The classes of one axis of a dgrad, for inputs of ``size``: (pixels, b, d, class, first tap, tap step, taps).
 
@@ -252,9 +249,9 @@ def _axis(size: int, taps: int, stride: int, padding: int, dilation: int):
     for c in range(min(stride, size)):
         hits = [r for r in range(min(step, taps)) if (c + padding - r * dilation) % stride == 0]
         first = hits[0] if hits else 0
-        count = _cells(taps - first, step) if hits else 0
+        count = blocks(taps - first, step) if hits else 0
         b = (c + padding - first * dilation) // stride
-        yield _cells(size - c, stride), b, -(step * dilation // stride), c, first, step, count
+        yield blocks(size - c, stride), b, -(step * dilation // stride), c, first, step, count
 
 
 def _classes(kind: str, sizes, kernel, geometry):
@@ -275,7 +272,7 @@ def parts(kind, problem, config) -> int:
     sizes = (problem.P, problem.Q) if kind == "fprop" else (problem.H, problem.W)
     kernel = problem.R, problem.S
     pairs = _classes(kind, sizes, kernel, (problem.stride, problem.padding, problem.dilation, problem.groups))
-    return sum(_cells(problem.N * row[0] * column[0], config.BM) for row, column in pairs)
+    return sum(blocks(problem.N * row[0] * column[0], config.BM) for row, column in pairs)
 
 
 def _check(name: str, N: int, sizes, w, BM: int) -> None:
@@ -300,13 +297,13 @@ def _launch(
     _check("x" if kind == "fprop" else "dx", N, (OH, OW), w, BM)
     swapped = kind == "dgrad"
     CI, CO = (w.shape[0] // G, w.shape[1]) if swapped else (w.shape[1], w.shape[0] // G)
-    NT = _cells(CO, BN)
+    NT = blocks(CO, BN)
     pairs = list(_classes(kind, (OH, OW), (R, S), geometry))
-    T = sum(_cells(N * row[0] * column[0], BM) for row, column in pairs)
+    T = sum(blocks(N * row[0] * column[0], BM) for row, column in pairs)
     T0 = 0
     for (P, bh, dh, ch, first_r, step_r, TR), (Q, bw, dw, cw, first_s, step_s, TS) in pairs:
         M = N * P * Q
-        tiles = _cells(M, BM)
+        tiles = blocks(M, BM)
         if tiles == 0:
             continue
         if TR * TS == 0:
@@ -317,7 +314,7 @@ def _launch(
         _conv_kernel[(tiles * NT * G,)](
             src, w, out, src_stat, pre, coef, bias, add, mask, act, act_stat, y, part, M, T0, T, NT, H, W, P, Q, OH, OW,
             CI, CO, G, R * S, ah, bh, dh, oh, ch, aw, bw, dw, ow, cw, first_r * S + first_s, step_r * S, step_s,
-            TR=TR, TS=TS, KB=_cells(CI, BK), SWAPPED=swapped, DENSE=(oh, ow) == (1, 1), RELU=bool(relu),
+            TR=TR, TS=TS, KB=blocks(CI, BK), SWAPPED=swapped, DENSE=(oh, ow) == (1, 1), RELU=bool(relu),
             WIDE=span >= WIDE_FROM, ALIGNED_IN=CI % 8 == 0, ALIGNED_OUT=CO % 8 == 0, EVEN_IN=CI % BK == 0,
             EVEN_OUT=CO % BN == 0, EVEN_M=M % BM == 0, PRECISION=precision, BM=BM, BN=BN, BK=BK,
             num_warps=config.num_warps, num_stages=config.num_stages,

@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .configs import blocks
 from .conv_epilogue import stats_columns
+from .conv_tile import corner, float32, inside, nhwc, pixels
 
 CHANNELS = 4
 WIDTH = 8  # pixels of a window; filters up to this wide
-MAX_ROWS = 8  # filter rows: accumulators of the wgrad
 
 
 @triton.jit(do_not_specialize=["H", "W", "HP", "WP", "ph", "pw", "rows"])
@@ -32,6 +33,12 @@ def _pad_kernel(x_ptr, out_ptr, H, W, HP, WP, ph, pw, rows, C: tl.constexpr, BW:
     source = ((row // HP).to(tl.int64) * H + h) * W * C
     v = tl.load(x_ptr + source + w * C + c, mask=inside, other=0.0)
     tl.store(out_ptr + row.to(tl.int64) * (WP * 4) + j, v, mask=j < WP * 4)
+
+
+@triton.jit
+def _row(x_desc, n0, p0, q0, r, SH: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr):
+    """[BM, BE]: what row r of the filter meets under each pixel of the patch."""
+    return x_desc.load([n0, p0 + r // SH, r % SH, q0, 0]).reshape(BM, BE)
 
 
 @triton.jit(do_not_specialize=["N", "P", "Q", "HT", "WT", "PT", "NT", "K"])
@@ -62,12 +69,10 @@ def _image_fprop_kernel(
     pid = tl.program_id(0)
     t = pid // NT
     k0 = (pid % NT) * BN
-    q0 = (t % WT) * TW
-    p0 = (t // WT) % HT * TH
-    n0 = t // (WT * HT) * TN
+    n0, p0, q0 = corner(t, HT, WT, TN, TH, TW)
     acc = tl.zeros((BN, BM), tl.float32)
     for r in range(R):
-        x = x_desc.load([n0, p0 + r // SH, r % SH, q0, 0]).reshape(BM, BE)
+        x = _row(x_desc, n0, p0, q0, r, SH, BM, BE)
         w = w_desc.load([k0, r * BE])
         acc = tl.dot(w, x.T, acc)
     k = k0 + tl.arange(0, BN)
@@ -75,15 +80,9 @@ def _image_fprop_kernel(
         acc += tl.load(bias_ptr + k, mask=k < K, other=0.0)[:, None]
     v = acc.to(out_desc.dtype)
     out_desc.store([n0, p0, q0, k0], v.T.reshape(TN, TH, TW, BN))
-    i = tl.arange(0, BM)
-    ok = (n0 + i // (TH * TW) < N) & (p0 + i // TW % TH < P) & (q0 + i % TW < Q)
-    n = tl.minimum(TN, N - n0) * tl.minimum(TH, P - p0) * tl.minimum(TW, Q - q0)
+    ok = inside(n0, p0, q0, N, P, Q, TN, TH, TW)
+    n = pixels(n0, p0, q0, N, P, Q, TN, TH, TW)
     stats_columns(v, ok, n, part_ptr, t, PT, k, K, FULL)
-
-
-@triton.jit
-def _row(x_desc, n0, p0, q0, r: tl.constexpr, SH: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr):
-    return x_desc.load([n0, p0 + r // SH, r % SH, q0, 0]).reshape(BM, BE)
 
 
 @triton.jit
@@ -109,7 +108,11 @@ def _image_wgrad_kernel(
     BN: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """Slab [K, R, BE] of partial sums over tiles [slab*PER, (slab+1)*PER); one accumulator a filter row."""
+    """Slab [K, R, BE] of partial sums over tiles [slab*PER, (slab+1)*PER); one accumulator a filter row.
+
+    They are written out one by one: a loop cannot carry a list of accumulators, and one [BN, R*BE] would need the
+    windows of all rows side by side, which no descriptor delivers.
+    """
     BM: tl.constexpr = TN * TH * TW
     slab = tl.program_id(0)
     k0 = tl.program_id(1) * BN
@@ -124,9 +127,7 @@ def _image_wgrad_kernel(
     a6 = tl.zeros((BN, BE), tl.float32)
     a7 = tl.zeros((BN, BE), tl.float32)
     for t in range(lo, hi):
-        q0 = (t % WT) * TW
-        p0 = (t // WT) % HT * TH
-        n0 = t // (WT * HT) * TN
+        n0, p0, q0 = corner(t, HT, WT, TN, TH, TW)
         g = dy_desc.load([n0, p0, q0, k0]).reshape(BM, BN).T
         a0 = tl.dot(g, _row(x_desc, n0, p0, q0, 0, SH, BM, BE), a0)
         if R > 1:
@@ -163,10 +164,6 @@ def _image_wgrad_kernel(
         _store_row(out, a7, k, e, K, 7, R, BE)
 
 
-def _cells(size: int, tile: int) -> int:
-    return -(-size // tile)
-
-
 def _padded(x, geometry, R, P, Q):
     """The image in rows of four channels, and the descriptor's shape and strides of its windows by output pixel."""
     (sh, sw), (ph, pw), _, _ = geometry
@@ -176,7 +173,7 @@ def _padded(x, geometry, R, P, Q):
     WP += WP % 2
     out = x.new_empty((N, HP, WP, CHANNELS))
     BW = 256
-    grid = (N * HP, _cells(WP, BW))
+    grid = (N * HP, blocks(WP, BW))
     _pad_kernel[grid](x, out, H, W, HP, WP, ph, pw, N * HP, C=C, BW=BW, num_warps=4)
     line = WP * CHANNELS
     shape = [N, groups, sh, Q, WIDTH * CHANNELS]
@@ -186,7 +183,7 @@ def _padded(x, geometry, R, P, Q):
 def parts(kind, problem, config) -> int:
     """Tiles T of ``part [3, T, K]``: each is written."""
     images, rows, columns = config.patch
-    return _cells(problem.N, images) * _cells(problem.P, rows) * _cells(problem.Q, columns)
+    return blocks(problem.N, images) * blocks(problem.P, rows) * blocks(problem.Q, columns)
 
 
 def _windows(x, geometry, R, P, Q, config):
@@ -197,7 +194,7 @@ def _windows(x, geometry, R, P, Q, config):
 
 def _outputs(y, config):
     N, K, P, Q = y.shape
-    return TensorDescriptor(y, [N, P, Q, K], [P * Q * K, Q * K, K, 1], [*config.patch, config.BN])
+    return nhwc(y, (N, P, Q, K), (*config.patch, config.BN))
 
 
 def conv_fprop(x, w, geometry, out, *, stat=None, bias=None, residual=None, relu=False, part=None, config,
@@ -207,11 +204,11 @@ def conv_fprop(x, w, geometry, out, *, stat=None, bias=None, residual=None, relu
     TN, TH, TW = config.patch
     BE = WIDTH * CHANNELS
     if part is None:  # the second time over: nobody wants the statistics, but the output must be the same
-        part = x.new_empty(0).float().new_empty((3, _cells(N, TN) * _cells(P, TH) * _cells(Q, TW), K))
+        part = float32(x, (3, blocks(N, TN) * blocks(P, TH) * blocks(Q, TW), K))
     weights = w.new_zeros((K, R, WIDTH, CHANNELS))
     weights[:, :, :S, :C].copy_(w.permute(0, 2, 3, 1))
-    HT, WT, NT = _cells(P, TH), _cells(Q, TW), _cells(K, config.BN)
-    PT = _cells(N, TN) * HT * WT
+    HT, WT, NT = blocks(P, TH), blocks(Q, TW), blocks(K, config.BN)
+    PT = blocks(N, TN) * HT * WT
     wd = TensorDescriptor(weights, [K, R * BE], [R * BE, 1], [config.BN, BE])
     _image_fprop_kernel[(PT * NT,)](
         _windows(x, geometry, R, P, Q, config), wd, _outputs(out, config), bias, part, N, P, Q, HT, WT, PT, NT, K, R=R,
@@ -225,12 +222,12 @@ def conv_wgrad(dy, x, geometry, dw, *, pre=None, stat=None, config, precision="i
     N, _, P, Q = dy.shape
     TN, TH, TW = config.patch
     BE = WIDTH * CHANNELS
-    HT, WT, columns = _cells(P, TH), _cells(Q, TW), _cells(K, config.BN)
-    PT = _cells(N, TN) * HT * WT
+    HT, WT, columns = blocks(P, TH), blocks(Q, TW), blocks(K, config.BN)
+    PT = blocks(N, TN) * HT * WT
     slabs = max(1, min(264 // columns, PT // 8))  # by shape alone, the same bits on every GPU
-    per = _cells(PT, slabs)
-    slabs = _cells(PT, per)
-    slab = dy.new_empty(0).float().new_empty((slabs, K, R, WIDTH, CHANNELS))
+    per = blocks(PT, slabs)
+    slabs = blocks(PT, per)
+    slab = float32(dy, (slabs, K, R, WIDTH, CHANNELS))
     _image_wgrad_kernel[(slabs, columns)](
         _outputs(dy, config), _windows(x, geometry, R, P, Q, config), slab, HT, WT, PT, per, K, R=R,
         SH=geometry[0][0], TN=TN, TH=TH, TW=TW, BN=config.BN, BE=BE, num_warps=config.num_warps,

@@ -4,6 +4,8 @@ statistics wants hundreds. Tiles meet in ascending order in float64, so the bits
 import triton
 import triton.language as tl
 
+from .configs import blocks
+
 #: Tiles that are left over, at most.
 SHORT = 128
 
@@ -52,12 +54,12 @@ def _merge_kernel(part_ptr, T, R, OUT, C, out_ptr, PLANES: tl.constexpr, BM: tl.
 
 def short(T: int) -> int:
     """Tiles that ``merge`` makes of T."""
-    return T if T <= SHORT else -(-T // -(-T // SHORT))
+    return T if T <= SHORT else blocks(T, blocks(T, SHORT))
 
 
 def merge(part, out) -> None:
     """``part`` float32 [planes, T, C] into ``out`` [planes, short(T), C]."""
     planes, T, C = part.shape
     groups = out.shape[1]
-    grid = (groups, -(-C // 32))
-    _merge_kernel[grid](part, T, -(-T // groups), groups, C, out, PLANES=planes, BM=64, BC=32, num_warps=4)
+    grid = (groups, blocks(C, 32))
+    _merge_kernel[grid](part, T, blocks(T, groups), groups, C, out, PLANES=planes, BM=64, BC=32, num_warps=4)

@@ -8,8 +8,10 @@ Strides and paddings in any axis, dilation along rows only; no groups.
 import triton
 import triton.language as tl
 
+from .configs import blocks
 from .conv_epilogue import stats_rows
-from .tile import channels
+from .conv_tile import float32
+from .tile import channels, relu
 
 
 @triton.jit
@@ -76,7 +78,7 @@ def _fprop_kernel(
         acc += tl.load(bias_ptr + k, mask=k < K, other=0.0)[None, :]
     v = acc.to(out_ptr.dtype.element_ty)
     if RELU:
-        v = tl.where(v <= 0, 0.0, v).to(v.dtype)
+        v = relu(v)
     out = out_ptr + (t * BM).to(tl.int64) * K + tl.arange(0, BM)[:, None] * K + k[None, :]
     tl.store(out, v, mask=(m < M)[:, None] & (k < K)[None, :])
     if part_ptr is not None:
@@ -135,18 +137,13 @@ def _wgrad_kernel(
     tl.store(out, acc, mask=(k < K)[:, None] & ((e < E) & (r < R))[None, :])
 
 
-def _float32(t):
-    """The dtype, without importing torch."""
-    return t.new_empty(0).float().dtype
-
-
 def _power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
 def parts(kind, problem, config) -> int:
     """Tiles T of ``part [3, T, K]``: each is written."""
-    return -(-problem.N * problem.P * problem.Q // config.BM)
+    return blocks(problem.N * problem.P * problem.Q, config.BM)
 
 
 def conv_fprop(x, w, geometry, out, *, stat=None, bias=None, residual=None, relu=False, part=None, config,
@@ -156,7 +153,7 @@ def conv_fprop(x, w, geometry, out, *, stat=None, bias=None, residual=None, relu
     _, _, H, W = x.shape
     N, _, P, Q = out.shape
     M = N * P * Q
-    PT, NT = -(-M // config.BM), -(-K // config.BN)
+    PT, NT = blocks(M, config.BM), blocks(K, config.BN)
     _fprop_kernel[(PT * NT,)](
         x, w, out, bias, part, H, W, P, Q, M, PT, NT, sh, sw, ph, pw, dh, K, R=R, E=S * C, CHANNELS=C, RELU=relu,
         ALIGNED=K % 8 == 0, FULL=M % config.BM == 0, PRECISION=precision, BM=config.BM, BN=config.BN, BE=_power(S * C),
@@ -170,15 +167,15 @@ def conv_wgrad(dy, x, geometry, dw, *, pre=None, stat=None, config, precision="i
     _, _, H, W = x.shape
     N, _, P, Q = dy.shape
     M = N * P * Q
-    columns = -(-K // config.BN)
+    columns = blocks(K, config.BN)
     # By shape alone: enough programs for any GPU, and no slab under 16 steps.
     slabs = max(1, min(528 // columns, M // (16 * config.BM)))
-    per = -(-M // (slabs * config.BM)) * config.BM
-    slabs = max(1, -(-M // per))
+    per = blocks(M, slabs * config.BM) * config.BM
+    slabs = max(1, blocks(M, per))
     BE = _power(S * C)
-    slab = dy.new_empty((slabs, K, R * S * C), dtype=_float32(dy))
+    slab = float32(dy, (slabs, K, R * S * C))
     BR = max(1, min(config.BK // BE, 1 << (R - 1).bit_length()))
-    _wgrad_kernel[(slabs * -(-R // BR), columns)](
+    _wgrad_kernel[(slabs * blocks(R, BR), columns)](
         dy, x, slab, H, W, P, Q, M, per, sh, sw, ph, pw, dh, K, R=R, E=S * C, CHANNELS=C, ALIGNED=K % 8 == 0,
         PRECISION=precision, BM=config.BM, BN=config.BN, BE=BE, BR=BR, num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .configs import blocks
 from .conv_epilogue import stats_columns, stats_rows, sums_columns, sums_rows
+from .conv_tile import corner, inside, nhwc, pixels
 from .tile import load_mask, load_stat, normalise, passes, relu
 
 _SIZES = ["N", "P", "Q", "HT", "WT", "PT", "NT", "ph", "pw", "dh", "dw", "C", "K", "M"]
@@ -69,9 +71,7 @@ def _patch_kernel(
     pid = tl.program_id(0)
     t = pid // NT
     k0 = (pid % NT) * BN
-    q0 = (t % WT) * TW
-    p0 = (t // WT) % HT * TH
-    n0 = t // (WT * HT) * TN
+    n0, p0, q0 = corner(t, HT, WT, TN, TH, TW)
     acc = tl.zeros((BN, BM), tl.float32)
     for i in range(TAPS * KB):
         tap = i // KB
@@ -100,9 +100,8 @@ def _patch_kernel(
         v = relu(v)
     out_desc.store([n0, p0, q0, k0], v.T.reshape(TN, TH, TW, BN))
     if part_ptr is not None:  # after the store, when its registers are free again
-        i = tl.arange(0, BM)
-        ok = (n0 + i // (TH * TW) < N) & (p0 + i // TW % TH < P) & (q0 + i % TW < Q)
-        n = tl.minimum(TN, N - n0) * tl.minimum(TH, P - p0) * tl.minimum(TW, Q - q0)
+        ok = inside(n0, p0, q0, N, P, Q, TN, TH, TW)
+        n = pixels(n0, p0, q0, N, P, Q, TN, TH, TW)
         if act_desc is None:
             stats_columns(v, ok, n, part_ptr, t, PT, k, K, FULL)
         else:
@@ -178,10 +177,6 @@ def _rows_kernel(
             sums_rows(v, a - mean, ok, n, part_ptr, t, PT, k, K, FULL)
 
 
-def _cells(size: int, tile: int) -> int:
-    return -(-size // tile)
-
-
 def _flat(patch, taps, pad) -> bool:
     """Whether pixels are as good as images: a 1x1 convolution without padding."""
     return patch[1] == patch[2] == taps == 1 and tuple(pad) == (0, 0)
@@ -191,15 +186,9 @@ def parts(kind, problem, config) -> int:
     """Tiles T of ``part [planes, T, channels]``: each is written."""
     P, Q = (problem.P, problem.Q) if kind == "fprop" else (problem.H, problem.W)
     if not config.patch or _flat(config.patch, problem.R * problem.S, problem.padding):
-        return _cells(problem.N * P * Q, config.BM)
+        return blocks(problem.N * P * Q, config.BM)
     images, rows, columns = config.patch
-    return _cells(problem.N, images) * _cells(P, rows) * _cells(Q, columns)
-
-
-def _nhwc(t, shape, block):
-    """Descriptor of a channels_last [N, C, H, W] tensor as [N, H, W, C]."""
-    N, H, W, C = shape
-    return TensorDescriptor(t, [N, H, W, C], [H * W * C, W * C, C, 1], block)
+    return blocks(problem.N, images) * blocks(P, rows) * blocks(Q, columns)
 
 
 def _launch(x, w, out, taps, S, pad, dilation, swapped, config, precision, *, bias=None, residual=None, mask=None,
@@ -210,11 +199,11 @@ def _launch(x, w, out, taps, S, pad, dilation, swapped, config, precision, *, bi
     BM, BN, BK = config.BM, config.BN, config.BK
     rows, columns = w.shape[0], w.shape[1] * taps
     wd = TensorDescriptor(w, [rows, columns], [columns, 1], [BK, BN] if swapped else [BN, BK])
-    NT = _cells(K, BN)
+    NT = blocks(K, BN)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if config.kernel == "rows":
         M = N * P * Q
-        PT = _cells(M, BM)
+        PT = blocks(M, BM)
 
         def flat(t, channels, columns):
             return None if t is None else TensorDescriptor(t, [M, channels], [channels, 1], [BM, columns])
@@ -229,14 +218,14 @@ def _launch(x, w, out, taps, S, pad, dilation, swapped, config, precision, *, bi
         N, P, Q, H, W = N * P * Q, 1, 1, 1, 1
     else:
         H, W = x.shape[2:]
-    HT, WT = _cells(P, patch[1]), _cells(Q, patch[2])
-    PT = _cells(N, patch[0]) * HT * WT
+    HT, WT = blocks(P, patch[1]), blocks(Q, patch[2])
+    PT = blocks(N, patch[0]) * HT * WT
 
     def image(t):
-        return None if t is None else _nhwc(t, (N, P, Q, K), [*patch, BN])
+        return None if t is None else nhwc(t, (N, P, Q, K), [*patch, BN])
 
     _patch_kernel[(PT * NT,)](
-        _nhwc(x, (N, H, W, C), [*patch, BK]), wd, image(out), bias, image(residual), part, image(act), stat, image(y),
+        nhwc(x, (N, H, W, C), [*patch, BK]), wd, image(out), bias, image(residual), part, image(act), stat, image(y),
         N, P, Q, HT, WT, PT, NT, *pad, *dilation, C, K, TAPS=taps, S=S, KB=C // BK, SWAPPED=swapped, RELU=relu,
         PRECISION=precision, FULL=not (N % patch[0] or P % patch[1] or Q % patch[2]), TN=patch[0], TH=patch[1],
         TW=patch[2], BN=BN, BK=BK, **options,

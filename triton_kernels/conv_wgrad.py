@@ -14,6 +14,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .batch_norm_act_bwd import gradient_map
+from .configs import blocks
+from .conv_tile import corner, float32, inside, nhwc
 from .tile import channels, load_stat, normalise, relu
 
 _SIZES = ["M", "PER", "N", "H", "W", "P", "Q", "C", "K", "CG", "KG", "CT", "KT", "HT", "WT", "PT"]
@@ -158,15 +160,6 @@ def _gather_kernel(
 
 
 @triton.jit
-def _inside(n0, h0, w0, N, H, W, TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr):
-    """[TN*TH*TW]: which pixels of a patch lie within the N images of H x W."""
-    i = tl.arange(0, TN * TH * TW)
-    h = h0 + i // TW % TH
-    w = w0 + i % TW
-    return (n0 + i // (TH * TW) < N) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-
-
-@triton.jit
 def _load_patch(desc, n0, h0, w0, c0, FLAT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
     if FLAT:
         return desc.load([n0, c0])
@@ -225,19 +218,17 @@ def _patch_kernel(
     hi = tl.minimum(lo + PER, PT)
     acc = tl.zeros((BN, BK), tl.float32)
     for t in range(lo, hi):
-        q0 = t % WT * TW
-        p0 = t // WT % HT * TH
-        n0 = t // (WT * HT) * TN
+        n0, p0, q0 = corner(t, HT, WT, TN, TH, TW)
         dy = _load_patch(dy_desc, n0, p0, q0, k0, FLAT, BM, BN)
         x = _load_patch(x_desc, n0, p0 + shift_h, q0 + shift_w, c0, FLAT, BM, BK)
         if pre_desc is not None:
             before = _load_patch(pre_desc, n0, p0, q0, k0, FLAT, BM, BN).to(tl.float32)
             v = gradient_map(dy.to(tl.float32), before, pre_stat_ptr, coef_ptr, K, k, k < K)
-            dy = tl.where(_inside(n0, p0, q0, N, P, Q, TN, TH, TW)[:, None], v, 0.0).to(dy.dtype)
+            dy = tl.where(inside(n0, p0, q0, N, P, Q, TN, TH, TW)[:, None], v, 0.0).to(dy.dtype)
         if stat_ptr is not None:
             mean, scale, bias = load_stat(stat_ptr, C, c, c < C)
             a = relu(normalise(x.to(tl.float32), mean, scale, bias))
-            ok = _inside(n0, p0 + shift_h, q0 + shift_w, N, H, W, TN, TH, TW)
+            ok = inside(n0, p0 + shift_h, q0 + shift_w, N, H, W, TN, TH, TW)
             x = tl.where(ok[:, None], a, 0.0).to(x.dtype)
         acc = tl.dot(dy.T, x, acc, input_precision=PRECISION)
     _store_tile(out_ptr, acc, slab, tap, k, c, K, K, C, K, TAPS)
@@ -258,15 +249,11 @@ def _merge_kernel(slab_ptr, out_ptr, n, slabs, BLOCK: tl.constexpr):
 # ---- launcher
 
 
-def _cells(size: int, tile: int) -> int:
-    return -(-size // tile)
-
-
 def _split(steps: int, tiles: int, taps: int) -> tuple[int, int]:
     """Slabs, and the steps of each: fewer in the last."""
     programs = PROGRAMS_POINTWISE if taps == 1 else PROGRAMS
-    per = _cells(steps, max(1, min(programs // tiles, MAX_SLABS, steps // MIN_STEPS)))
-    return _cells(steps, per), per
+    per = blocks(steps, max(1, min(programs // tiles, MAX_SLABS, steps // MIN_STEPS)))
+    return blocks(steps, per), per
 
 
 def _launch_gather(dy, x, geometry, out, slabs, per, pre, stat, config, options):
@@ -275,7 +262,7 @@ def _launch_gather(dy, x, geometry, out, slabs, per, pre, stat, config, options)
     _, K, P, Q = dy.shape
     BM, BN, BK = config.BM, config.BN, config.BK
     CG, KG = C // G, K // G
-    KT, CT = _cells(KG, BN), _cells(CG, BK)
+    KT, CT = blocks(KG, BN), blocks(CG, BK)
     # A slab's last step may look past the last image.
     wide = (N + BM // (P * Q) + 2) * H * W * C >= WIDE_FROM
     a, pre_stat, coef = pre
@@ -299,16 +286,14 @@ def _launch_patch(dy, x, geometry, out, slabs, per, pre, stat, config, options):
     def images(t, rows, columns, channels, block):
         if flat:
             return TensorDescriptor(t, [N, channels], [channels, 1], [BM, block])
-        shape = [N, rows, columns, channels]
-        return TensorDescriptor(t, shape, [rows * columns * channels, columns * channels, channels, 1],
-                                [TN, TH, TW, block])  # fmt: skip
+        return nhwc(t, (N, rows, columns, channels), (TN, TH, TW, block))
 
     a, pre_stat, coef = pre
-    HT, WT = _cells(P, TH), _cells(Q, TW)
-    KT, CT = _cells(K, BN), _cells(C, BK)
+    HT, WT = blocks(P, TH), blocks(Q, TW)
+    KT, CT = blocks(K, BN), blocks(C, BK)
     _patch_kernel[(KT * CT * options["TAPS"], slabs)](
         images(dy, P, Q, K, BN), images(x, H, W, C, BK), out, None if a is None else images(a, P, Q, K, BN), pre_stat,
-        coef, stat, N, H, W, P, Q, K, C, CT, HT, WT, _cells(N, TN) * HT * WT, per, ph, pw, dh, dw, FLAT=flat, TN=TN,
+        coef, stat, N, H, W, P, Q, K, C, CT, HT, WT, blocks(N, TN) * HT * WT, per, ph, pw, dh, dw, FLAT=flat, TN=TN,
         TH=TH, TW=TW, BN=BN, BK=BK, **options,
     )  # fmt: skip
 
@@ -349,15 +334,14 @@ def conv_wgrad(dy, x, geometry, dw, *, pre=None, stat=None, config, precision="i
         return
     gather = config.kernel == "wgrad_gather"
     TN, TH, TW = config.patch or (config.BM, 1, 1)
-    steps = _cells(N, TN) * _cells(P, TH) * _cells(Q, TW) if config.patch else _cells(N * P * Q, config.BM)
-    tiles = _cells(K // G, config.BN) * _cells(C // G, config.BK) * R * S * G
+    steps = blocks(N, TN) * blocks(P, TH) * blocks(Q, TW) if config.patch else blocks(N * P * Q, config.BM)
+    tiles = blocks(K // G, config.BN) * blocks(C // G, config.BK) * R * S * G
     slabs, per = _split(steps, tiles, R * S)
     n = dw.numel()
-    # .float() of nothing names the dtype without importing torch.
-    out = dw if slabs == 1 else dy.new_empty(0).float().new_empty(slabs * n)
+    out = dw if slabs == 1 else float32(dy, slabs * n)
     options = {"TAPS": R * S, "S": S, "PRECISION": precision, "num_warps": config.num_warps,
                "num_stages": config.num_stages}  # fmt: skip
     launch = _launch_gather if gather else _launch_patch
     launch(dy, x, geometry, out, slabs, per, pre or (None, None, None), stat, config, options)
     if slabs > 1:
-        _merge_kernel[(_cells(n, MERGE_BLOCK),)](out, dw, n, slabs, BLOCK=MERGE_BLOCK, num_warps=4)
+        _merge_kernel[(blocks(n, MERGE_BLOCK),)](out, dw, n, slabs, BLOCK=MERGE_BLOCK, num_warps=4)

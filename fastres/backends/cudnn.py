@@ -16,7 +16,7 @@ import functools
 
 import torch
 
-from fastres.backends import cudnn_graphs, cudnn_plans
+from fastres.backends import conv_checks, cudnn_graphs, cudnn_plans
 from fastres.backends.cudnn_graphs import GraphConfig
 from fastres.backends.cudnn_plans import Plans, Unsupported, missing, version
 from fastres.problem import ConvRequest, problem_of
@@ -217,17 +217,8 @@ def _activations(fn: str, like: torch.Tensor, **tensors) -> dict[str, int]:
     for key, (t, shape) in tensors.items():
         if t is None and key in _OPTIONAL:
             continue
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{fn}: {key} must be a tensor, got {type(t).__name__}")
-        if t.dtype is not like.dtype or t.device != like.device:
-            raise ValueError(f"{fn}: {key} must be {like.dtype} on {like.device}, got {t.dtype} on {t.device}")
-        if t.shape != shape:
-            raise ValueError(f"{fn}: {key} must have shape {list(shape)}, got {list(t.shape)}")
-        if not t.is_contiguous(memory_format=_CL):
-            raise ValueError(f"{fn}: {key} must be dense channels_last, got strides {t.stride()}")
+        conv_checks.activation(fn, key, t, like, shape, "cuDNN")
         addresses[key] = t.data_ptr()
-        if addresses[key] % 16:
-            raise ValueError(f"{fn}: {key} must be aligned to 16 bytes for cuDNN, got {addresses[key]:#x}")
     return addresses
 
 
@@ -237,9 +228,7 @@ def _vectors(fn: str, device: torch.device, **tensors) -> dict[str, int]:
     for key, (t, shape) in tensors.items():
         if t is None:
             continue
-        if t.dtype != torch.float32 or t.device != device or not t.is_contiguous() or t.shape != shape:
-            got = f"{t.dtype} {list(t.shape)}, strides {t.stride()}, on {t.device}"
-            raise ValueError(f"{fn}: {key} must be contiguous float32 {list(shape)} on {device}, got {got}")
+        conv_checks.vector(fn, key, t, device, shape)
         addresses[key] = t.data_ptr()
     return addresses
 

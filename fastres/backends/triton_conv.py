@@ -11,23 +11,10 @@ import importlib
 
 import torch
 
+from fastres.backends import conv_checks
 from fastres.backends import triton as base
 from fastres.backends.replay import replayed
 from fastres.problem import problem_of
-
-_CL = torch.channels_last
-
-
-#: ConvConfig.kernel -> file.
-_MODULES = {
-    "patch": "conv_patch",
-    "rows": "conv_patch",
-    "narrow": "conv_narrow",
-    "image": "conv_image",
-    "gather": "conv_gather",
-    "wgrad_patch": "conv_wgrad",
-    "wgrad_gather": "conv_wgrad",
-}
 
 
 @functools.cache
@@ -42,7 +29,7 @@ def configs():
 
 def kernels(config):
     """The launchers that know ``config``."""
-    return _module(_MODULES[config.kernel])
+    return _module(configs().FILES[config.kernel])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -53,29 +40,16 @@ def conv_parts(kind: str, problem, config) -> int:
 
 def _check(fn: str, like, shapes: dict, config) -> None:
     """Activations and weights by name with the shape they must have; None: not given."""
-    descriptors = config.kernel in ("patch", "rows", "wgrad_patch")
+    aligned_for = config.kernel if config.kernel in configs().DESCRIPTORS else ""
     for name, (t, shape) in shapes.items():
-        if t is None:
-            continue
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{fn}: {name} must be a tensor, got {type(t).__name__}")
-        if t.dtype is not like.dtype or t.device != like.device:
-            raise ValueError(f"{fn}: {name} must be {like.dtype} on {like.device}, got {t.dtype} on {t.device}")
-        if t.shape != shape:
-            raise ValueError(f"{fn}: {name} must have shape {list(shape)}, got {list(t.shape)}")
-        if not t.is_contiguous(memory_format=_CL):
-            raise ValueError(f"{fn}: {name} must be dense channels_last, got strides {t.stride()}")
-        if descriptors and t.data_ptr() % 16:
-            raise ValueError(f"{fn}: {name} must be aligned to 16 bytes for {config.kernel}, got {t.data_ptr():#x}")
+        if t is not None:
+            conv_checks.activation(fn, name, t, like, shape, aligned_for)
 
 
 def _check_vectors(fn: str, device, vectors: dict) -> None:
     for name, (t, shape) in vectors.items():
-        if t is None:
-            continue
-        if t.dtype != torch.float32 or t.device != device or not t.is_contiguous() or tuple(t.shape) != tuple(shape):
-            got = f"{t.dtype} {list(t.shape)}, strides {t.stride()}, on {t.device}"
-            raise ValueError(f"{fn}: {name} must be contiguous float32 {list(shape)} on {device}, got {got}")
+        if t is not None:
+            conv_checks.vector(fn, name, t, device, shape)
 
 
 def _check_mask(fn: str, mask, like) -> None:
@@ -90,34 +64,8 @@ def precision(dtype: torch.dtype) -> str:
     """How float32 operands enter the tensor cores: PyTorch's own switch for convolutions decides."""
     if dtype != torch.float32:
         return "ieee"
+    # cudnn.allow_tf32 raises where someone used the newer switches; this one knows both.
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
-
-
-def _on(device: torch.device):
-    base_device = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if base_device else _nowhere()
-
-
-class _nowhere:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        return False
-
-
-def _with_short_part(kind, problem, config, part, call) -> None:
-    """Run ``call(part)`` with a part of as many tiles as the kernel has, merged into the caller's."""
-    if part is None:
-        call(None)
-        return
-    T = kernels(config).parts(kind, problem, config)
-    if part.shape[1] == T:
-        call(part)
-        return
-    long = part.new_empty((part.shape[0], T, part.shape[2]))
-    call(long)
-    _module("conv_merge").merge(long, part)
 
 
 def conv_fprop(x, w, geometry, out, *, stat=None, bias=None, residual=None, relu=False, part=None, config):
@@ -131,11 +79,9 @@ def conv_fprop(x, w, geometry, out, *, stat=None, bias=None, residual=None, relu
     T = conv_parts("fprop", problem, config) if part is not None else 0
     vectors = {"bias": (bias, (K,)), "stat": (stat, (5, problem.C)), "part": (part, (3, T, K))}
     _check_vectors("conv_fprop", x.device, vectors)
-    launch = kernels(config).conv_fprop
-    with _on(x.device):
-        _with_short_part("fprop", problem, config, part, lambda p: launch(
-            x, w, geometry, out, stat=stat, bias=bias, residual=residual, relu=relu, part=p, config=config,
-            precision=precision(x.dtype)))  # fmt: skip
+    trusted.conv_fprop(
+        x, w, geometry, out, stat=stat, bias=bias, residual=residual, relu=relu, part=part, config=config
+    )
 
 
 def conv_dgrad(dy, w, geometry, dx, *, pre=None, add=None, mask=None, act=None, stat=None, part=None, y=None, config):
@@ -150,11 +96,9 @@ def conv_dgrad(dy, w, geometry, dx, *, pre=None, add=None, mask=None, act=None, 
     _check_mask("conv_dgrad", mask, dx)
     if act is None and not (stat is part is y is None):
         raise ValueError("conv_dgrad: stat, part and y need act")
-    launch = kernels(config).conv_dgrad
-    with _on(dy.device):
-        _with_short_part("dgrad", problem, config, part, lambda p: launch(
-            dy, w, geometry, dx, pre=pre, add=add, mask=mask, act=act, stat=stat, part=p, y=y, config=config,
-            precision=precision(dy.dtype)))  # fmt: skip
+    trusted.conv_dgrad(
+        dy, w, geometry, dx, pre=pre, add=add, mask=mask, act=act, stat=stat, part=part, y=y, config=config
+    )
 
 
 def conv_wgrad(dy, x, geometry, dw, *, pre=None, stat=None, config):
@@ -162,13 +106,10 @@ def conv_wgrad(dy, x, geometry, dw, *, pre=None, stat=None, config):
     problem = problem_of(x.shape, dw.shape, geometry)
     grad = (problem.N, problem.K, problem.P, problem.Q)
     _check("conv_wgrad", dy, {"dy": (dy, grad), "x": (x, x.shape)}, config)
-    if dw.dtype not in (dy.dtype, torch.float32) or not dw.is_contiguous(memory_format=_CL):
+    if dw.dtype not in (dy.dtype, torch.float32) or not dw.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"conv_wgrad: dw must be channels_last {dy.dtype} or float32, got {dw.dtype} {dw.stride()}")
     _check_vectors("conv_wgrad", dy.device, {"stat": (stat, (5, problem.C))})
-    with _on(dy.device):
-        kernels(config).conv_wgrad(
-            dy, x, geometry, dw, pre=pre, stat=stat, config=config, precision=precision(dy.dtype)
-        )
+    trusted.conv_wgrad(dy, x, geometry, dw, pre=pre, stat=stat, config=config)
 
 
 _SIGNATURES = {
@@ -181,7 +122,7 @@ _SIGNATURES = {
 @functools.cache
 def _replayed(kernel: str, function: str):
     """A launcher by the name of its kernel, warm launches repeated without Triton's Python."""
-    launcher = getattr(_module(_MODULES[kernel]), function)
+    launcher = getattr(_module(configs().FILES[kernel]), function)
     return launcher if base.interpreting() else replayed(launcher, _SIGNATURES[function])
 
 
@@ -192,6 +133,7 @@ def _merge():
 
 
 def _with_long_part(launch, parts: int, part, *args, **options) -> None:
+    """Launch with a part of as many tiles as the kernel has, merged into the caller's."""
     if part is None or part.shape[1] == parts:
         launch(*args, part=part, **options)
         return

@@ -23,23 +23,16 @@ PATH = table.PATH.with_name("conv.md")
 ARCHITECTURES = (80, 89, 90, 100)
 AMD = "gfx942"
 LDS_LIMIT = 64 * 1024
-#: ConvConfig.kernel -> file of its launchers.
-FILES = {
-    "patch": "conv_patch",
-    "rows": "conv_patch",
-    "narrow": "conv_narrow",
-    "image": "conv_image",
-    "gather": "conv_gather",
-    "wgrad_patch": "conv_wgrad",
-    "wgrad_gather": "conv_wgrad",
-}
-#: Fed by tensor descriptors: compute capability 9.0 and later.
-DESCRIPTORS = ("patch", "rows", "image", "wgrad_patch")
 #: The chip whose time the model gives for an architecture.
 CHIP = {80: "a100-80", 89: "l4", 90: "h100", 100: "b200"}
 #: Instructions of the tensor cores and asynchronous copies, by their opcodes.
 MMA = ("HGMMA", "UTCHMMA", "HMMA")
 COPIES = ("UTMALDG", "LDGSTS")
+
+
+def _configs():
+    # Not with this module: it imports Triton.
+    return importlib.import_module("fastres.triton_kernels.conv_configs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +77,7 @@ class Tensor(table.Operand):
 
 def launch(kind: str, problem, hooks: tuple[str, ...], config, type: str = "bf16") -> list:
     """What the launcher of ``config`` would run for the problem: (kernel, args, kwargs) each."""
-    module = importlib.import_module(f"fastres.triton_kernels.{FILES[config.kernel]}")
+    module = importlib.import_module(f"fastres.triton_kernels.{_configs().FILES[config.kernel]}")
     p, hooks = problem, set(hooks)
     x, y = Tensor(type, (p.N, p.C, p.H, p.W)), Tensor(type, (p.N, p.K, p.P, p.Q))
     w = Tensor(type, (p.K, p.C // p.groups, p.R, p.S))
@@ -253,7 +246,7 @@ class Row:
             found.append(f"{name}: {self.registers} registers; the limit is {sass.REGISTER_LIMIT}")
         if not self.mma:
             found.append(f"{name}: no tensor-core instruction")
-        if self.arch == "sm_90" and self.kernel in DESCRIPTORS and "HGMMA" not in self.mma:
+        if self.arch == "sm_90" and self.kernel in _configs().DESCRIPTORS and "HGMMA" not in self.mma:
             found.append(f"{name}: {self.mma}; expected HGMMA")
         # Of an odd number of channels nothing is aligned to the 4 bytes of the smallest asynchronous copy; a single
         # step has nothing to overlap with.
@@ -264,17 +257,17 @@ class Row:
 
 def shipped() -> list[tuple]:
     """(kind, problem, hooks, ConvConfig) of every configuration that may serve, each with a layer it is meant for."""
-    configs = importlib.import_module("fastres.triton_kernels.conv_configs")
+    configs = _configs()
     return [(kind, problem, tuple(hooks), config) for kind, problem, hooks, config in configs.shipped_rows(ConvProblem)]
 
 
 def work(architectures=(*ARCHITECTURES, AMD)) -> list[tuple]:
     """What is compiled: (arch, kind, problem, hooks, config)."""
-    configs = importlib.import_module("fastres.triton_kernels.conv_configs")
+    configs = _configs()
     items = []
     for arch in architectures:
         for kind, problem, hooks, config in shipped():
-            serves = config.kernel not in DESCRIPTORS
+            serves = config.kernel not in configs.DESCRIPTORS
             if arch != AMD:
                 serves = config in configs.candidates(kind, problem, hooks, 2, divmod(arch, 10)) or (
                     serves and arch < 90
@@ -377,7 +370,7 @@ tensor cores, copies: instructions in the main loop; unrolled: from its first te
 it has no more trips than stages all copies come before it: then those of the whole kernel. UTMALDG loads by tensor
 descriptor, LDGSTS is an asynchronous copy. Images of three channels have none (nothing is aligned to the 4 bytes of the
 smallest), and a kernel of one step, with nothing to overlap it with, may have none. Kernels fed by tensor descriptors
-({", ".join(DESCRIPTORS)}) need sm_90 or later.
+({", ".join(_configs().DESCRIPTORS)}) need sm_90 or later.
 
 MB, GFLOP, us, bound: memory traffic and work of the launch with its hooks, and the time that the
 [performance model](model.md) gives it on the chip in the heading. That is a prediction, not a measurement.
