@@ -10,8 +10,19 @@ struct ConvShape {
     i64 stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 };
 
-// dw [K, R, S, C] = sum over pixels of dy x shifted x, float32. Every element is one sum over the pixels in
-// ascending order: the same bits for any number of threads.
+// Sums are float32 whatever the dtype (0..2) of the activations; every element is one sum in a fixed order: the same
+// bits for any number of threads.
+
+// y [N, P, Q, K] = conv(x, w) [+ bias] [+ residual], then ReLU. w float32 [K, R, S, C] with element strides w_k and
+// w_c; taps of [R, S] are w_tap apart. residual has the shape and dtype of y, and may be y.
+void conv_fprop(int dtype, const void* x, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape,
+                const float* bias /*or null*/, const void* residual /*or null*/, int relu, void* y, i64 ctx);
+
+// dx [N, H, W, C], every element written.
+void conv_dgrad(int dtype, const void* dy, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape,
+                void* dx, i64 ctx);
+
+// dw [K, R, S, C] = sum over pixels of dy x shifted x, float32.
 void conv_wgrad(const float* dy, const float* x, const ConvShape& shape, float* dw, i64 ctx);
 
 }  // namespace FASTRES_BACKEND

@@ -25,6 +25,8 @@ using Entry = void (*)();  // a launch function with its type erased
     X(stem_fwd)              \
     X(stem_bwd_reduce)       \
     X(stem_bwd_apply)        \
+    X(conv_fprop)            \
+    X(conv_dgrad)            \
     X(conv_wgrad)
 
 enum Index {

@@ -2,11 +2,25 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "cpu/conv.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
 namespace cpu {
+namespace {
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+ConvShape shape_of(const std::array<i64, 15>& s) {
+    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13], s[14]};
+}
+
+}  // namespace
 
 void extras(pybind11::module_& m) {
     m.def("available_isas", &cpu_isa::available,
@@ -16,16 +30,31 @@ void extras(pybind11::module_& m) {
     m.def("set_openmp", &cpu_runtime::set_openmp, pybind11::arg("parallel"), pybind11::arg("thread_num"),
           pybind11::arg("num_threads"),
           "Addresses of GOMP_parallel, omp_get_thread_num, omp_get_num_threads, or 0, 0, 0.");
+    // `sizes` are the fields of ConvShape, addresses as everywhere.
+    using Address = std::uintptr_t;
+    using Sizes = std::array<i64, 15>;
+    const auto released = pybind11::call_guard<pybind11::gil_scoped_release>();
+    m.def(
+        "conv_fprop",
+        [](int dtype, Address x, Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, Address bias,
+           Address residual, int relu, Address y, i64 ctx) {
+            conv_fprop(dtype, pointer<void>(x), pointer<float>(w), w_k, w_c, w_tap, shape_of(sizes),
+                       pointer<float>(bias), pointer<void>(residual), relu, pointer<void>(y), ctx);
+        },
+        released, "See csrc/cpu/conv.h.");
+    m.def(
+        "conv_dgrad",
+        [](int dtype, Address dy, Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, Address dx, i64 ctx) {
+            conv_dgrad(dtype, pointer<void>(dy), pointer<float>(w), w_k, w_c, w_tap, shape_of(sizes), pointer<void>(dx),
+                       ctx);
+        },
+        released, "See csrc/cpu/conv.h.");
     m.def(
         "conv_wgrad",
-        [](std::uintptr_t dy, std::uintptr_t x, i64 N, i64 H, i64 W, i64 C, i64 K, i64 P, i64 Q, i64 R, i64 S,
-           i64 stride_h, i64 stride_w, i64 pad_h, i64 pad_w, i64 dilation_h, i64 dilation_w, std::uintptr_t dw,
-           i64 ctx) {
-            const ConvShape shape{N, H, W, C, K, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w};
-            conv_wgrad(reinterpret_cast<const float*>(dy), reinterpret_cast<const float*>(x), shape,
-                       reinterpret_cast<float*>(dw), ctx);
+        [](Address dy, Address x, const Sizes& sizes, Address dw, i64 ctx) {
+            conv_wgrad(pointer<float>(dy), pointer<float>(x), shape_of(sizes), pointer<float>(dw), ctx);
         },
-        pybind11::call_guard<pybind11::gil_scoped_release>(), "float32 weight gradient, see csrc/cpu/conv.h.");
+        released, "float32 weight gradient, see csrc/cpu/conv.h.");
     m.def("has_openmp", &cpu_runtime::has_openmp, "Whether more than one thread can run.");
 }
 

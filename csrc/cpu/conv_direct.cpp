@@ -1,0 +1,299 @@
+// Convolutions tile by tile: a strip of x is laid out in blocks of channels with its border (and widened to float32),
+// small enough to stay in L2; tiles of pixels then pass over the panels of the packed weights.
+#include "cpu/conv_direct.h"
+
+#include <unistd.h>
+
+#include "cpu/conv.h"
+#include "cpu/conv_tile.h"
+
+namespace FASTRES_BACKEND {
+namespace {
+
+i64 l2_bytes() {
+    static const i64 bytes = [] {
+        const long b = sysconf(_SC_LEVEL2_CACHE_SIZE);
+        return b > 0 ? i64(b) : i64(512) << 10;
+    }();
+    return bytes;
+}
+
+constexpr i64 kGroup = 8;  // panels whose sums a tile of pixels collects before they are written
+
+struct Layout {
+    i64 blocks, panels, panel_floats;
+    int last_width;
+    i64 row0, col0;           // the least tap offsets
+    i64 rows_of_taps, plane;  // rows a point reaches over; columns of one residue modulo step_w
+    i64 row_floats;
+};
+
+// [panel][channel block][tap][channel][kPanel], channels past C or K zero.
+void pack_weights(const Direct& p, const Layout& l, float* to, i64 threads) {
+    parallel(threads, l.panels * l.blocks, [&](i64 first, i64 last, int) {
+        for (i64 task = first; task < last; ++task) {
+            const i64 k0 = task / l.blocks * kPanel, b = task % l.blocks, c0 = b * kBlock;
+            const i64 width = b + 1 < l.blocks ? kBlock : l.last_width;
+            const i64 channels = min_of(kBlock, p.C - c0), outs = min_of(kPanel, p.K - k0);
+            float* out = to + task / l.blocks * l.panel_floats + b * kBlock * p.n_taps * kPanel;
+            for (int t = 0; t < p.n_taps; ++t, out += width * kPanel) {
+                const float* in = p.w + p.w_tap[t] + k0 * p.w_out + c0 * p.w_in;
+                if (channels < width || outs < kPanel) __builtin_memset(out, 0, width * kPanel * sizeof(float));
+                if (p.w_out == 1) {
+                    for (i64 c = 0; c < channels; ++c)
+                        __builtin_memcpy(out + c * kPanel, in + c * p.w_in, outs * sizeof(float));
+                } else {
+                    for (i64 k = 0; k < outs; ++k)
+                        for (i64 c = 0; c < channels; ++c) out[c * kPanel + k] = in[k * p.w_out + c * p.w_in];
+                }
+            }
+        }
+    });
+}
+
+// One pixel: its channels [c0, c0 + kBlock) of each block, the last one filled up with zeros.
+template <class T>
+FR_INLINE void pack_pixel(const T* x, i64 C, float* to, i64 block) {
+    i64 c = 0;
+    for (; c + kBlock <= C; c += kBlock, to += block)
+        for (int v = 0; v < kBlock; v += L) store(to + v, load(x + c + v));
+    for (int v = 0; c < C; c += L, v += L) {
+        const int n = int(min_of(L, C - c));
+        store(to + v, n == L ? load(x + c) : load_part(x + c, n));
+        if (L < kBlock && v == 0 && c + L >= C) store(to + L, vf{});
+    }
+}
+
+struct Row {
+    const float* in;
+    i64 out;  // elements from y
+    i64 width;
+};
+
+template <class T>
+class Worker {
+  public:
+    Worker(const Direct& p, const Layout& l, const float* w, float* strip, Row* rows, i64* taps)
+        : p_(p), l_(l), w_(w), strip_(strip), rows_(rows), taps_(taps) {}
+
+    // Rows [first, last) of the N*I rows of the grid, panels [panel0, panel1).
+    void run(i64 first, i64 last, i64 panel0, i64 panel1, i64 strip_points) {
+        for (i64 r = first; r < last;) {
+            const i64 end = min_of(last, r + strip_points);
+            fill(r, end);
+            compute(end - r, panel0, panel1);
+            r = end;
+        }
+    }
+
+  private:
+    void fill(i64 first, i64 last) {
+        block_ = 0;
+        // The same rows are laid out for all blocks; their number gives the distance of two blocks.
+        for (i64 r = first, n; r < last; r += n) {
+            n = min_of(last - r, p_.I - r % p_.I);
+            block_ += (n - 1) * p_.step_h + l_.rows_of_taps;
+        }
+        block_ *= l_.row_floats;
+        float* to = strip_;
+        for (i64 r = first, n; r < last; r += n) {
+            const i64 image = r / p_.I, i0 = r % p_.I;
+            n = min_of(last - r, p_.I - i0);
+            const i64 height = (n - 1) * p_.step_h + l_.rows_of_taps;
+            for (i64 h = 0; h < height; ++h)
+                if (row_used(h)) fill_row(image, i0 * p_.step_h + l_.row0 + h, to + h * l_.row_floats);
+            for (i64 i = 0; i < n; ++i) {
+                const i64 left = p_.points ? p_.points - (i0 + i) * p_.J : p_.J;
+                rows_[r - first + i] = {to + i * p_.step_h * l_.row_floats, image * p_.y_n + (i0 + i) * p_.y_i,
+                                        min_of(p_.J, left)};
+            }
+            to += height * l_.row_floats;
+        }
+        for (int t = 0; t < p_.n_taps; ++t) {
+            const i64 c = p_.dc[t] - l_.col0;
+            taps_[t] = (p_.dr[t] - l_.row0) * l_.row_floats + (c % p_.step_w * l_.plane + c / p_.step_w) * kBlock;
+        }
+    }
+
+    // Whether some tap reads this row of a strip, or this residue of the columns.
+    bool row_used(i64 h) const { return used(p_.dr, l_.row0, p_.step_h, h); }
+    bool phase_used(i64 phase) const { return used(p_.dc, l_.col0, p_.step_w, phase); }
+    bool used(const i64* offsets, i64 least, i64 step, i64 at) const {
+        if (step == 1) return true;
+        for (int t = 0; t < p_.n_taps; ++t)
+            if ((at - (offsets[t] - least)) % step == 0) return true;
+        return false;
+    }
+
+    void fill_row(i64 image, i64 h, float* to) {
+        const bool inside = h >= 0 && h < p_.H;
+        const i64 W = p_.points ? min_of(p_.W, p_.points - h * p_.W) : p_.W;
+        const T* from = static_cast<const T*>(p_.x) + (image * p_.H + h) * p_.W * p_.C;
+        for (i64 phase = 0; phase < p_.step_w; ++phase) {
+            if (!phase_used(phase)) {
+                to += l_.plane * kBlock;
+                continue;
+            }
+            for (i64 q = 0; q < l_.plane; ++q, to += kBlock) {
+                const i64 c = q * p_.step_w + phase + l_.col0;
+                if (inside && c >= 0 && c < W) {
+                    pack_pixel(from + c * p_.C, p_.C, to, block_);
+                } else {
+                    for (i64 b = 0; b < l_.blocks; ++b)
+                        for (int v = 0; v < kBlock; v += L) store(to + b * block_ + v, vf{});
+                }
+            }
+        }
+    }
+
+    void compute(i64 n_rows, i64 panel0, i64 panel1) {
+        const TileInput in{taps_, p_.n_taps, l_.blocks, block_, l_.last_width};
+        const i64 fit = max_of(1, l2_bytes() / 3 / (l_.panel_floats * i64(sizeof(float))));
+        for (i64 g0 = panel0, g1; g0 < panel1; g0 = g1) {
+            g1 = min_of(panel1, g0 + min_of(kGroup, fit));
+            if (p_.J <= kWide && !p_.points) {
+                for (i64 r = 0; r < n_rows; r += 2) {
+                    const bool two = r + 1 < n_rows;
+                    group(in, rows_[r], two ? &rows_[r + 1] : nullptr, 0, p_.J, g0, g1);
+                }
+                continue;
+            }
+            for (i64 r = 0; r < n_rows; ++r) {
+                const i64 J = rows_[r].width, count = ceil_div(J, kPixels);
+                for (i64 t = 0; t < count; ++t)
+                    group(in, rows_[r], nullptr, J * t / count, J * (t + 1) / count, g0, g1);
+            }
+        }
+    }
+
+    void group(const TileInput& in, const Row& r, const Row* second, i64 j0, i64 j1, i64 g0, i64 g1) {
+        alignas(64) float sums[kPixels * kGroup * kPanel];
+        const i64 m = j1 - j0, pitch = (g1 - g0) * kPanel;
+        const TileFunction f = second ? AllTiles::two(m) : AllTiles::one(m);
+        const float *a0 = r.in + j0 * kBlock, *a1 = second ? second->in : a0;
+        for (i64 g = g0; g < g1; ++g) f(in, a0, a1, w_ + g * l_.panel_floats, sums + (g - g0) * kPanel, pitch);
+        write(sums, pitch, r.out + j0 * p_.y_j, m, g0, g1);
+        if (second) write(sums + m * pitch, pitch, second->out, m, g0, g1);
+    }
+
+    void write(const float* sums, i64 pitch, i64 out, i64 m, i64 g0, i64 g1) {
+        const i64 k0 = g0 * kPanel, k1 = min_of(p_.K, g1 * kPanel);
+        T* y = static_cast<T*>(p_.y) + out;
+        const T* r = p_.residual ? static_cast<const T*>(p_.residual) + out : nullptr;
+        for (i64 i = 0; i < m; ++i, sums += pitch, y += p_.y_j, r += r ? p_.y_j : 0) {
+            i64 k = k0;
+            for (; k + L <= k1; k += L) write_part(sums + k - k0, y, r, k, Full());
+            if (k < k1) write_part(sums + k - k0, y, r, k, Tail{int(k1 - k), false});
+        }
+    }
+
+    template <class Span>
+    FR_INLINE void write_part(const float* sums, T* y, const T* r, i64 k, Span span) {
+        vf v = load(sums);
+        if (p_.bias) v += span.load(p_.bias + k);
+        if (r) v += span.load(r + k);
+        if (p_.relu) v = at_least(v, vf{});
+        span.store(y + k, v);
+    }
+
+    const Direct& p_;
+    const Layout& l_;
+    const float* const w_;
+    float* const strip_;
+    Row* const rows_;
+    i64* const taps_;
+    i64 block_ = 0;
+};
+
+// y where no tap reaches.
+template <class T>
+void fill_zero(const Direct& p, i64 threads) {
+    parallel(threads, p.N * p.I, [&](i64 first, i64 last, int) {
+        for (i64 row = first; row < last; ++row) {
+            T* y = static_cast<T*>(p.y) + row / p.I * p.y_n + row % p.I * p.y_i;
+            for (i64 j = 0; j < p.J; ++j) __builtin_memset(y + j * p.y_j, 0, p.K * sizeof(T));
+        }
+    });
+}
+
+template <class T>
+void run(const Direct& p, i64 threads) {
+    if (p.n_taps == 0) return fill_zero<T>(p, threads);
+    Layout l;
+    l.blocks = ceil_div(p.C, kBlock);
+    l.panels = ceil_div(p.K, kPanel);
+    l.last_width = int(ceil_div(p.C - (l.blocks - 1) * kBlock, kStep) * kStep);
+    l.panel_floats = ((l.blocks - 1) * kBlock + l.last_width) * p.n_taps * kPanel;
+    i64 row1 = l.row0 = p.dr[0], col1 = l.col0 = p.dc[0];
+    for (int t = 1; t < p.n_taps; ++t) {
+        l.row0 = min_of(l.row0, p.dr[t]), row1 = max_of(row1, p.dr[t]);
+        l.col0 = min_of(l.col0, p.dc[t]), col1 = max_of(col1, p.dc[t]);
+    }
+    l.rows_of_taps = row1 - l.row0 + 1;
+    l.plane = ceil_div((p.J - 1) * p.step_w + col1 - l.col0 + 1, p.step_w);
+    l.row_floats = l.plane * p.step_w * kBlock;
+
+    const Scratch weights(l.panels * l.panel_floats * sizeof(float));
+    float* const w = static_cast<float*>(weights.get());
+    pack_weights(p, l, w, threads);
+
+    // Threads share the rows, and the panels where the weights are the larger traffic.
+    const i64 all_rows = p.N * p.I;
+    i64 row_parts = threads, panel_parts = 1;
+    const i64 x_bytes = p.N * p.H * p.W * p.C, w_bytes = l.panels * l.panel_floats;
+    double least = -1;
+    for (i64 parts = 1; parts <= threads; ++parts) {
+        if (threads % parts || parts > l.panels) continue;
+        const i64 rows = threads / parts;
+        const double work = double(ceil_div(l.panels, parts)) * double(ceil_div(all_rows, rows));
+        const double cost =
+            work * p.J * kPanel * p.n_taps * p.C + 32.0 * (double(x_bytes) * parts + double(w_bytes) * rows);
+        if (least < 0 || cost < least) least = cost, row_parts = rows, panel_parts = parts;
+    }
+
+    const i64 row_bytes = l.row_floats * l.blocks * i64(sizeof(float));
+    const i64 budget = l2_bytes() / 2, mine = ceil_div(all_rows, row_parts);
+    // Rows of the grid in a strip: what the budget holds, borders of images counted as if each had its own.
+    const i64 reach = max_of(0, l.rows_of_taps - p.step_h);
+    i64 strip = max_of(1, budget / max_of(1, row_bytes * p.step_h));
+    if (strip < p.I)
+        strip = max_of(1, strip - ceil_div(reach, p.step_h));
+    else
+        strip = max_of(p.I, strip * p.I / (p.I + ceil_div(reach, p.step_h)));
+    strip = min_of(strip, mine);
+    strip = ceil_div(mine, ceil_div(mine, strip));
+    const i64 images = strip / p.I + 2;
+    const i64 strip_rows = strip * p.step_h + images * l.rows_of_taps;
+    const i64 strip_floats = strip_rows * l.row_floats * l.blocks;
+    const Scratch strips(threads * strip_floats * sizeof(float)), rows(threads * strip * sizeof(Row));
+
+    parallel(threads, row_parts * panel_parts, [&](i64 first, i64 last, int) {
+        for (i64 task = first; task < last; ++task) {
+            i64 taps[kMaxTaps];
+            const i64 r = task / panel_parts, g = task % panel_parts;
+            Worker<T> worker(p, l, w, static_cast<float*>(strips.get()) + task * strip_floats,
+                             static_cast<Row*>(rows.get()) + task * strip, taps);
+            worker.run(all_rows * r / row_parts, all_rows * (r + 1) / row_parts, l.panels * g / panel_parts,
+                       l.panels * (g + 1) / panel_parts, strip);
+        }
+    });
+}
+
+}  // namespace
+
+void direct(int dtype, const Direct& p, i64 threads) {
+    if (p.N * p.I * p.J == 0 || p.K == 0) return;
+    threads = max_of(1, threads);
+    switch (dtype) {
+        case kF32:
+            return run<float>(p, threads);
+        case kBF16:
+            return run<bf16>(p, threads);
+        case kF16:
+            return run<fp16>(p, threads);
+        default:
+            cpu_runtime::bad_dtype(dtype);
+    }
+}
+
+}  // namespace FASTRES_BACKEND

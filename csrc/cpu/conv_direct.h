@@ -1,0 +1,34 @@
+// A convolution as both directions need it: for every point of a grid, a sum over taps.
+//
+//   y[n, i, j, :] = sum_t x[n, i*step_h + dr_t, j*step_w + dc_t, :] . w_t,   x zero outside [H, W]
+//
+// fprop is one such problem; dgrad with stride s is s*s of them, one per residue of the pixel's position.
+#pragma once
+#include "launch.h"
+
+namespace FASTRES_BACKEND {
+
+constexpr int kMaxTaps = 121;
+
+struct Direct {
+    i64 N, H, W, C, I, J, K;
+    i64 step_h, step_w;
+    int n_taps;
+    i64 dr[kMaxTaps], dc[kMaxTaps];
+    i64 w_tap[kMaxTaps];  // where a tap's weights start, in elements
+    i64 w_out, w_in;      // strides of the weight in output and input channels
+    i64 y_n, y_i, y_j;    // strides of y in images, rows and pixels, in elements
+    const void* x;
+    const float* w;
+    const float* bias;
+    const void* residual;
+    bool relu;
+    void* y;
+    // A 1x1 problem without borders is one long row: cut into rows of J points that follow each other in x and y, with
+    // `points` in all. 0: N*I*J, nothing special.
+    i64 points;
+};
+
+void direct(int dtype, const Direct& problem, i64 threads);
+
+}  // namespace FASTRES_BACKEND

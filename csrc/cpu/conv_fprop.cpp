@@ -1,0 +1,79 @@
+// fprop and dgrad as problems of conv_direct.h.
+#include <stdexcept>
+
+#include "cpu/conv.h"
+#include "cpu/conv_direct.h"
+#include "cpu/isa/rows.h"
+
+namespace FASTRES_BACKEND {
+namespace {
+
+constexpr i64 kFlatRow = L == 16 ? 14 : 6;  // points of a tile (conv_tile.h)
+
+void check_taps(const ConvShape& g) {
+    if (g.R * g.S > kMaxTaps) throw std::invalid_argument("conv: R * S must be at most 121");
+}
+
+void make_flat(Direct& p) {
+    p.points = p.N * p.I * p.J;
+    p.N = 1;
+    p.J = p.W = kFlatRow;
+    p.I = p.H = ceil_div(p.points, kFlatRow);
+    p.y_i = kFlatRow * p.y_j;
+}
+
+i64 floor_mod(i64 a, i64 b) { return (a % b + b) % b; }
+
+}  // namespace
+
+void conv_fprop(int dtype, const void* x, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g,
+                const float* bias, const void* residual, int relu, void* y, i64 ctx) {
+    check_taps(g);
+    Direct p{};
+    p.N = g.N, p.H = g.H, p.W = g.W, p.C = g.C, p.I = g.P, p.J = g.Q, p.K = g.K;
+    p.step_h = g.stride_h, p.step_w = g.stride_w;
+    for (i64 r = 0; r < g.R; ++r)
+        for (i64 s = 0; s < g.S; ++s, ++p.n_taps) {
+            p.dr[p.n_taps] = r * g.dilation_h - g.pad_h;
+            p.dc[p.n_taps] = s * g.dilation_w - g.pad_w;
+            p.w_tap[p.n_taps] = (r * g.S + s) * w_tap;
+        }
+    p.w_out = w_k, p.w_in = w_c;
+    p.y_j = g.K, p.y_i = g.Q * g.K, p.y_n = g.P * p.y_i;
+    p.x = x, p.w = w, p.bias = bias, p.residual = residual, p.relu = relu != 0, p.y = y;
+    const bool whole = g.H == g.P && g.W == g.Q;
+    if (p.n_taps == 1 && p.dr[0] == 0 && p.dc[0] == 0 && g.stride_h == 1 && g.stride_w == 1 && whole) make_flat(p);
+    direct(dtype, p, ctx);
+}
+
+// dx[h] gets dy[i] through tap r where i*stride - pad + r*dilation = h: for the rows h = a + stride*m these are the
+// taps with r*dilation = a + pad modulo the stride, and i = m + (a + pad - r*dilation) / stride.
+void conv_dgrad(int dtype, const void* dy, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, void* dx,
+                i64 ctx) {
+    check_taps(g);
+    const i64 item = dtype == kF32 ? 4 : 2;
+    for (i64 a = 0; a < min_of(g.stride_h, g.H); ++a)
+        for (i64 b = 0; b < min_of(g.stride_w, g.W); ++b) {
+            Direct p{};
+            p.N = g.N, p.H = g.P, p.W = g.Q, p.C = g.K, p.K = g.C;
+            p.I = ceil_div(g.H - a, g.stride_h), p.J = ceil_div(g.W - b, g.stride_w);
+            p.step_h = p.step_w = 1;
+            for (i64 r = 0; r < g.R; ++r)
+                for (i64 s = 0; s < g.S; ++s) {
+                    const i64 h = a + g.pad_h - r * g.dilation_h, v = b + g.pad_w - s * g.dilation_w;
+                    if (floor_mod(h, g.stride_h) || floor_mod(v, g.stride_w)) continue;
+                    p.dr[p.n_taps] = h / g.stride_h;
+                    p.dc[p.n_taps] = v / g.stride_w;
+                    p.w_tap[p.n_taps++] = (r * g.S + s) * w_tap;
+                }
+            p.w_out = w_c, p.w_in = w_k;
+            p.y_j = g.stride_w * g.C, p.y_i = g.stride_h * g.W * g.C, p.y_n = g.H * g.W * g.C;
+            p.x = dy, p.w = w;
+            p.y = static_cast<char*>(dx) + (a * g.W + b) * g.C * item;
+            const bool whole = g.stride_h == 1 && g.stride_w == 1 && g.H == g.P && g.W == g.Q;
+            if (p.n_taps == 1 && p.dr[0] == 0 && p.dc[0] == 0 && whole) make_flat(p);
+            direct(dtype, p, ctx);
+        }
+}
+
+}  // namespace FASTRES_BACKEND

@@ -1,0 +1,95 @@
+// The innermost product of a convolution: a few pixels times a panel of output channels, all sums in registers.
+//
+// x lies in blocks of kBlock channels, the pixels of a row one after the other ([channel block][row][pixel][kBlock]),
+// weights in panels ([panel][channel block][tap][channel][kPanel]): pixels are at constant distances from each other,
+// whatever the layer's sizes, and weights are read in order.
+#pragma once
+#include "cpu/isa/rows.h"
+
+namespace FASTRES_BACKEND {
+namespace {
+
+constexpr int kBlock = 16;                 // input channels of a pixel that lie together
+constexpr int kPanel = 2 * L;              // output channels of a tile
+constexpr int kPixels = L == 16 ? 14 : 6;  // 2*kPixels sums in 32 (AVX-512) or 16 registers
+constexpr int kWide = kPixels / 2;         // pixels of each row, where a tile takes two
+constexpr i64 kSums = kPixels * i64(kPanel);
+
+FR_INLINE vf splat(const float* p) {
+#if defined(__AVX512F__)
+    vf v = (vf)_mm512_set1_ps(*p);
+    asm("" : "+v"(v));  // or it becomes a memory operand of both products, and loads are the limit
+    return v;
+#elif defined(__AVX2__) && FASTRES_WIDTH == 8
+    return (vf)_mm256_set1_ps(*p);
+#else
+    vf v;
+    for (int i = 0; i < L; ++i) v[i] = *p;
+    return v;
+#endif
+}
+
+struct TileInput {
+    const i64* taps;  // where a tap's pixel lies, in floats from the pixel of the first tap
+    int n_taps;
+    i64 blocks, block_size;  // channel blocks and the floats between two of them
+    int last_width;          // channels in the last block, a multiple of kStep
+};
+
+constexpr int kStep = 4;  // channels between two tests of the loop
+
+// sums [M0 + M1, kPanel]: M0 pixels from a0 on, then M1 pixels from a1 on.
+template <int M0, int M1>
+void tile(const TileInput& in, const float* a0, const float* a1, const float* w, float* sums, i64 pitch) {
+    constexpr int M = M0 + M1;
+    vf s[M][2];
+#pragma GCC unroll 14
+    for (int i = 0; i < M; ++i) s[i][0] = s[i][1] = vf{};
+    for (i64 b = 0; b < in.blocks; ++b, a0 += in.block_size, a1 += in.block_size) {
+        const int width = b + 1 < in.blocks ? kBlock : in.last_width;
+        for (int t = 0; t < in.n_taps; ++t) {
+            const float *p0 = a0 + in.taps[t], *p1 = a1 + in.taps[t];
+            for (int c = 0; c < width; c += kStep, p0 += kStep, p1 += kStep, w += kStep * kPanel) {
+#pragma GCC unroll 4
+                for (int u = 0; u < kStep; ++u) {
+                    const vf w0 = load(w + u * kPanel), w1 = load(w + u * kPanel + L);
+#pragma GCC unroll 14
+                    for (int i = 0; i < M; ++i) {
+                        const vf v = splat(i < M0 ? p0 + i * kBlock + u : p1 + (i - M0) * kBlock + u);
+                        s[i][0] = fma(v, w0, s[i][0]);
+                        s[i][1] = fma(v, w1, s[i][1]);
+                    }
+                }
+            }
+        }
+    }
+#pragma GCC unroll 14
+    for (int i = 0; i < M; ++i) {
+        store(sums + i * pitch, s[i][0]);
+        store(sums + i * pitch + L, s[i][1]);
+    }
+}
+
+using TileFunction = void (*)(const TileInput&, const float*, const float*, const float*, float*, i64);
+
+// tiles_of(pixels of the first row, of the second: none or as many).
+template <int... M>
+struct Tiles {
+    static TileFunction one(i64 m) {
+        static constexpr TileFunction f[] = {tile<M + 1, 0>...};
+        return f[m - 1];
+    }
+    static TileFunction two(i64 m) {
+        static constexpr TileFunction f[] = {
+            (M < kWide ? tile < M < kWide ? M + 1 : 1, M < kWide ? M + 1 : 0 > : nullptr)...};
+        return f[m - 1];
+    }
+};
+#if FASTRES_WIDTH == 16
+using AllTiles = Tiles<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13>;
+#else
+using AllTiles = Tiles<0, 1, 2, 3, 4, 5>;
+#endif
+
+}  // namespace
+}  // namespace FASTRES_BACKEND
