@@ -3,6 +3,7 @@
 #include "cpu/conv_direct.h"
 
 #include <unistd.h>
+#include <cstdlib>
 
 #include "cpu/conv.h"
 #include "cpu/conv_tile.h"
@@ -81,6 +82,7 @@ class Worker {
         for (i64 r = first; r < last;) {
             const i64 end = min_of(last, r + strip_points);
             fill(r, end);
+            expect(end, min_of(last, end + strip_points));
             compute(end - r, panel0, panel1);
             r = end;
         }
@@ -113,6 +115,18 @@ class Worker {
             const i64 c = p_.dc[t] - l_.col0;
             taps_[t] = (p_.dr[t] - l_.row0) * l_.row_floats + (c % p_.step_w * l_.plane + c / p_.step_w) * kBlock;
         }
+    }
+
+    // The part of x that the next strip reads: fetched while this one is worked on, a little with every tile.
+    void expect(i64 first, i64 last) {
+        next_ = end_ = nullptr;
+        if (first >= last) return;
+        const i64 W = p_.W * p_.C, all = p_.N * p_.H;
+        const i64 h0 = first / p_.I * p_.H + max_of(0, first % p_.I * p_.step_h + l_.row0);
+        const i64 h1 = (last - 1) / p_.I * p_.H + min_of(p_.H, (last - 1) % p_.I * p_.step_h + l_.row0 + l_.rows_of_taps);
+        const char* x = static_cast<const char*>(p_.x);
+        next_ = x + min_of(h0, all) * W * i64(sizeof(T));
+        end_ = x + (p_.points ? min_of(h1 * W, p_.points * p_.C) : min_of(h1, all) * W) * i64(sizeof(T));
     }
 
     // Whether some tap reads this row of a strip, or this residue of the columns.
@@ -148,6 +162,8 @@ class Worker {
 
     void compute(i64 n_rows, i64 panel0, i64 panel1) {
         const TileInput in{taps_, p_.n_taps, l_.blocks, block_, l_.last_width};
+        const i64 groups = ceil_div(panel1 - panel0, min_of(kGroup, max_of(1, l2_bytes() / 3 / (l_.panel_floats * 4))));
+        chunk_ = next_ ? ceil_div((end_ - next_), 64 * max_of(1, groups * n_rows * ceil_div(p_.J, kPixels))) : 0;
         const i64 fit = max_of(1, l2_bytes() / 3 / (l_.panel_floats * i64(sizeof(float))));
         for (i64 g0 = panel0, g1; g0 < panel1; g0 = g1) {
             g1 = min_of(panel1, g0 + min_of(kGroup, fit));
@@ -171,9 +187,22 @@ class Worker {
         const i64 m = j1 - j0, pitch = (g1 - g0) * kPanel;
         const TileFunction f = second ? AllTiles::two(m) : AllTiles::one(m);
         const float *a0 = r.in + j0 * kBlock, *a1 = second ? second->in : a0;
-        for (i64 g = g0; g < g1; ++g) f(in, a0, a1, w_ + g * l_.panel_floats, sums + (g - g0) * kPanel, pitch);
+        for (i64 i = 0; i < chunk_ && next_ < end_; ++i, next_ += 64) __builtin_prefetch(next_, 0, 2);
+        for (i64 g = g0; g < g1; ++g) {
+            // The lines that will be written, on their way while the sums are made.
+            for (i64 i = 0; i < m; ++i) own(r.out + (j0 + i) * p_.y_j + g * kPanel);
+            if (second)
+                for (i64 i = 0; i < m; ++i) own(second->out + i * p_.y_j + g * kPanel);
+            f(in, a0, a1, w_ + g * l_.panel_floats, sums + (g - g0) * kPanel, pitch);
+        }
         write(sums, pitch, r.out + j0 * p_.y_j, m, g0, g1);
         if (second) write(sums + m * pitch, pitch, second->out, m, g0, g1);
+    }
+
+    void own(i64 at) {
+        const char* y = reinterpret_cast<const char*>(static_cast<T*>(p_.y) + at);
+        __builtin_prefetch(y, 1, 3);
+        if (kPanel * sizeof(T) > 64) __builtin_prefetch(y + 64, 1, 3);
     }
 
     void write(const float* sums, i64 pitch, i64 out, i64 m, i64 g0, i64 g1) {
@@ -202,7 +231,8 @@ class Worker {
     float* const strip_;
     Row* const rows_;
     i64* const taps_;
-    i64 block_ = 0;
+    i64 block_ = 0, chunk_ = 0;
+    const char *next_ = nullptr, *end_ = nullptr;
 };
 
 // y where no tap reaches.
@@ -252,7 +282,7 @@ void run(const Direct& p, i64 threads) {
     }
 
     const i64 row_bytes = l.row_floats * l.blocks * i64(sizeof(float));
-    const i64 budget = l2_bytes() / 2, mine = ceil_div(all_rows, row_parts);
+    const i64 budget = l2_bytes() / (getenv("FR_DIV") ? atoi(getenv("FR_DIV")) : 2), mine = ceil_div(all_rows, row_parts);
     // Rows of the grid in a strip: what the budget holds, borders of images counted as if each had its own.
     const i64 reach = max_of(0, l.rows_of_taps - p.step_h);
     i64 strip = max_of(1, budget / max_of(1, row_bytes * p.step_h));
