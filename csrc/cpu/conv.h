@@ -23,6 +23,6 @@ void conv_dgrad(int dtype, const void* dy, const float* w, i64 w_k, i64 w_c, i64
                 void* dx, i64 ctx);
 
 // dw [K, R, S, C] = sum over pixels of dy x shifted x, float32.
-void conv_wgrad(const float* dy, const float* x, const ConvShape& shape, float* dw, i64 ctx);
+void conv_wgrad(int dtype, const void* dy, const void* x, const ConvShape& shape, float* dw, i64 ctx);
 
 }  // namespace FASTRES_BACKEND

@@ -2,7 +2,6 @@
 // small enough to stay in L2; tiles of pixels then pass over the panels of the packed weights.
 #include "cpu/conv_direct.h"
 
-#include <unistd.h>
 #include <cstdlib>
 
 #include "cpu/conv.h"
@@ -10,14 +9,6 @@
 
 namespace FASTRES_BACKEND {
 namespace {
-
-i64 l2_bytes() {
-    static const i64 bytes = [] {
-        const long b = sysconf(_SC_LEVEL2_CACHE_SIZE);
-        return b > 0 ? i64(b) : i64(512) << 10;
-    }();
-    return bytes;
-}
 
 constexpr i64 kGroup = 8;  // panels whose sums a tile of pixels collects before they are written
 
@@ -123,7 +114,8 @@ class Worker {
         if (first >= last) return;
         const i64 W = p_.W * p_.C, all = p_.N * p_.H;
         const i64 h0 = first / p_.I * p_.H + max_of(0, first % p_.I * p_.step_h + l_.row0);
-        const i64 h1 = (last - 1) / p_.I * p_.H + min_of(p_.H, (last - 1) % p_.I * p_.step_h + l_.row0 + l_.rows_of_taps);
+        const i64 h1 =
+            (last - 1) / p_.I * p_.H + min_of(p_.H, (last - 1) % p_.I * p_.step_h + l_.row0 + l_.rows_of_taps);
         const char* x = static_cast<const char*>(p_.x);
         next_ = x + min_of(h0, all) * W * i64(sizeof(T));
         end_ = x + (p_.points ? min_of(h1 * W, p_.points * p_.C) : min_of(h1, all) * W) * i64(sizeof(T));
@@ -282,7 +274,8 @@ void run(const Direct& p, i64 threads) {
     }
 
     const i64 row_bytes = l.row_floats * l.blocks * i64(sizeof(float));
-    const i64 budget = l2_bytes() / (getenv("FR_DIV") ? atoi(getenv("FR_DIV")) : 2), mine = ceil_div(all_rows, row_parts);
+    const i64 budget = l2_bytes() / (getenv("FR_DIV") ? atoi(getenv("FR_DIV")) : 2),
+              mine = ceil_div(all_rows, row_parts);
     // Rows of the grid in a strip: what the budget holds, borders of images counted as if each had its own.
     const i64 reach = max_of(0, l.rows_of_taps - p.step_h);
     i64 strip = max_of(1, budget / max_of(1, row_bytes * p.step_h));

@@ -164,7 +164,7 @@ FORWARD(conv_dgrad,
         (int dtype, const void* dy, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, void* dx,
          i64 ctx),
         dtype, dy, w, w_k, w_c, w_tap, shape, dx, ctx)
-FORWARD(conv_wgrad, (const float* dy, const float* x, const ConvShape& shape, float* dw, i64 ctx), dy, x, shape, dw,
-        ctx)
+FORWARD(conv_wgrad, (int dtype, const void* dy, const void* x, const ConvShape& shape, float* dw, i64 ctx), dtype, dy,
+        x, shape, dw, ctx)
 
 }  // namespace cpu

@@ -51,10 +51,10 @@ void extras(pybind11::module_& m) {
         released, "See csrc/cpu/conv.h.");
     m.def(
         "conv_wgrad",
-        [](Address dy, Address x, const Sizes& sizes, Address dw, i64 ctx) {
-            conv_wgrad(pointer<float>(dy), pointer<float>(x), shape_of(sizes), pointer<float>(dw), ctx);
+        [](int dtype, Address dy, Address x, const Sizes& sizes, Address dw, i64 ctx) {
+            conv_wgrad(dtype, pointer<void>(dy), pointer<void>(x), shape_of(sizes), pointer<float>(dw), ctx);
         },
-        released, "float32 weight gradient, see csrc/cpu/conv.h.");
+        released, "See csrc/cpu/conv.h.");
     m.def("has_openmp", &cpu_runtime::has_openmp, "Whether more than one thread can run.");
 }
 

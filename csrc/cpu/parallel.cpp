@@ -1,5 +1,7 @@
 #include "cpu/parallel.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <new>
@@ -49,6 +51,17 @@ void set_openmp(std::uintptr_t parallel, std::uintptr_t thread_num, std::uintptr
 }
 
 bool has_openmp() { return gomp_parallel != nullptr; }
+
+i64 l2_bytes() {
+    static const i64 bytes = [] {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+        const long told = sysconf(_SC_LEVEL2_CACHE_SIZE);
+        if (told > 0) return i64(told);
+#endif
+        return i64(512) << 10;
+    }();
+    return bytes;
+}
 
 void bad_dtype(int dtype) {
     throw std::invalid_argument("dtype must be 0 float32, 1 bfloat16, 2 float16 or 3 float64, got " +

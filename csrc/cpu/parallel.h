@@ -17,6 +17,9 @@ void parallel(i64 threads, i64 tasks, void (*body)(void*, i64, i64, int), void* 
 void set_openmp(std::uintptr_t parallel, std::uintptr_t thread_num, std::uintptr_t num_threads);
 bool has_openmp();
 
+// Bytes of the cache that a core has to itself; 512 KiB where the system does not tell.
+i64 l2_bytes();
+
 [[noreturn]] void bad_dtype(int dtype);
 
 // Scratch memory aligned to a cache line, allocated before a region starts: nothing may throw inside one.

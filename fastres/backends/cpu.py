@@ -120,7 +120,7 @@ def conv_wgrad(dy, x, stride, padding, dilation, dw) -> None:
     if x.shape[0] != N or dw.shape[:2] != (K, C):
         raise ValueError(f"conv_wgrad: dw: got shape {tuple(dw.shape)}, expected ({K}, {C}, R, S) with one batch size")
     sizes = (N, H, W, C, K, P, Q, R, S, *stride, *padding, *dilation)
-    _require().conv_wgrad(dy.data_ptr(), x.data_ptr(), sizes, dw.data_ptr(), torch.get_num_threads())
+    _require().conv_wgrad(0, dy.data_ptr(), x.data_ptr(), sizes, dw.data_ptr(), torch.get_num_threads())
 
 
 def isa() -> str:

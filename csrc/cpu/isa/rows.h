@@ -6,6 +6,7 @@
 namespace FASTRES_BACKEND {
 namespace {
 
+using cpu_runtime::l2_bytes;
 using cpu_runtime::Scratch;
 
 template <auto N>
