@@ -15,12 +15,12 @@ struct ConvShape {
 
 // y [N, P, Q, K] = conv(x, w) [+ bias] [+ residual], then ReLU. w float32 [K, R, S, C] with element strides w_k and
 // w_c; taps of [R, S] are w_tap apart. residual has the shape and dtype of y, and may be y.
-void conv_fprop(int dtype, const void* x, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape,
+void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape,
                 const float* bias /*or null*/, const void* residual /*or null*/, int relu, void* y, i64 ctx);
 
 // dx [N, H, W, C], every element written.
-void conv_dgrad(int dtype, const void* dy, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape,
-                void* dx, i64 ctx);
+void conv_dgrad(int dtype, const void* dy, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, void* dx,
+                i64 ctx);
 
 // dw [K, R, S, C] = sum over pixels of dy x shifted x, float32.
 void conv_wgrad(int dtype, const void* dy, const void* x, const ConvShape& shape, float* dw, i64 ctx);

@@ -2,8 +2,6 @@
 // small enough to stay in L2; tiles of pixels then pass over the panels of the packed weights.
 #include "cpu/conv_direct.h"
 
-#include <cstdlib>
-
 #include "cpu/conv.h"
 #include "cpu/conv_tile.h"
 
@@ -20,7 +18,14 @@ struct Layout {
     i64 row_floats;
 };
 
+template <class T>
+FR_INLINE void widen(const T* from, i64 n, float* to) {
+    for (; n >= L; n -= L, from += L, to += L) store(to, load(from));
+    if (n) store_part(to, load_part(from, int(n)), int(n));
+}
+
 // [panel][channel block][tap][channel][kPanel], channels past C or K zero.
+template <class T>
 void pack_weights(const Direct& p, const Layout& l, float* to, i64 threads) {
     parallel(threads, l.panels * l.blocks, [&](i64 first, i64 last, int) {
         for (i64 task = first; task < last; ++task) {
@@ -29,14 +34,20 @@ void pack_weights(const Direct& p, const Layout& l, float* to, i64 threads) {
             const i64 channels = min_of(kBlock, p.C - c0), outs = min_of(kPanel, p.K - k0);
             float* out = to + task / l.blocks * l.panel_floats + b * kBlock * p.n_taps * kPanel;
             for (int t = 0; t < p.n_taps; ++t, out += width * kPanel) {
-                const float* in = p.w + p.w_tap[t] + k0 * p.w_out + c0 * p.w_in;
+                const T* in = static_cast<const T*>(p.w) + p.w_tap[t] + k0 * p.w_out + c0 * p.w_in;
                 if (channels < width || outs < kPanel) __builtin_memset(out, 0, width * kPanel * sizeof(float));
                 if (p.w_out == 1) {
-                    for (i64 c = 0; c < channels; ++c)
-                        __builtin_memcpy(out + c * kPanel, in + c * p.w_in, outs * sizeof(float));
+                    for (i64 c = 0; c < channels; ++c) widen(in + c * p.w_in, outs, out + c * kPanel);
+                } else if (p.w_in == 1) {
+                    for (i64 k = 0; k < outs; ++k) {
+                        alignas(64) float row[kBlock];
+                        widen(in + k * p.w_out, channels, row);
+                        for (i64 c = 0; c < channels; ++c) out[c * kPanel + k] = row[c];
+                    }
                 } else {
                     for (i64 k = 0; k < outs; ++k)
-                        for (i64 c = 0; c < channels; ++c) out[c * kPanel + k] = in[k * p.w_out + c * p.w_in];
+                        for (i64 c = 0; c < channels; ++c)
+                            widen(in + k * p.w_out + c * p.w_in, 1, out + c * kPanel + k);
                 }
             }
         }
@@ -87,7 +98,8 @@ class Worker {
             n = min_of(last - r, p_.I - r % p_.I);
             block_ += (n - 1) * p_.step_h + l_.rows_of_taps;
         }
-        block_ *= l_.row_floats;
+        // An odd number of lines: the blocks of a pixel would share few cache sets otherwise.
+        block_ = (block_ * l_.row_floats / kBlock | 1) * kBlock;
         float* to = strip_;
         for (i64 r = first, n; r < last; r += n) {
             const i64 image = r / p_.I, i0 = r % p_.I;
@@ -257,7 +269,7 @@ void run(const Direct& p, i64 threads) {
 
     const Scratch weights(l.panels * l.panel_floats * sizeof(float));
     float* const w = static_cast<float*>(weights.get());
-    pack_weights(p, l, w, threads);
+    pack_weights<T>(p, l, w, threads);
 
     // Threads share the rows, and the panels where the weights are the larger traffic.
     const i64 all_rows = p.N * p.I;
@@ -274,8 +286,7 @@ void run(const Direct& p, i64 threads) {
     }
 
     const i64 row_bytes = l.row_floats * l.blocks * i64(sizeof(float));
-    const i64 budget = l2_bytes() / (getenv("FR_DIV") ? atoi(getenv("FR_DIV")) : 2),
-              mine = ceil_div(all_rows, row_parts);
+    const i64 budget = l2_bytes() / 4, mine = ceil_div(all_rows, row_parts);
     // Rows of the grid in a strip: what the budget holds, borders of images counted as if each had its own.
     const i64 reach = max_of(0, l.rows_of_taps - p.step_h);
     i64 strip = max_of(1, budget / max_of(1, row_bytes * p.step_h));
@@ -287,7 +298,7 @@ void run(const Direct& p, i64 threads) {
     strip = ceil_div(mine, ceil_div(mine, strip));
     const i64 images = strip / p.I + 2;
     const i64 strip_rows = strip * p.step_h + images * l.rows_of_taps;
-    const i64 strip_floats = strip_rows * l.row_floats * l.blocks;
+    const i64 strip_floats = (strip_rows * l.row_floats + kBlock) * l.blocks;
     const Scratch strips(threads * strip_floats * sizeof(float)), rows(threads * strip * sizeof(Row));
 
     parallel(threads, row_parts * panel_parts, [&](i64 first, i64 last, int) {

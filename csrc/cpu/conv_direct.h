@@ -18,8 +18,7 @@ struct Direct {
     i64 w_tap[kMaxTaps];  // where a tap's weights start, in elements
     i64 w_out, w_in;      // strides of the weight in output and input channels
     i64 y_n, y_i, y_j;    // strides of y in images, rows and pixels, in elements
-    const void* x;
-    const float* w;
+    const void *x, *w;
     const float* bias;
     const void* residual;
     bool relu;

@@ -26,7 +26,7 @@ i64 floor_mod(i64 a, i64 b) { return (a % b + b) % b; }
 
 }  // namespace
 
-void conv_fprop(int dtype, const void* x, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g,
+void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g,
                 const float* bias, const void* residual, int relu, void* y, i64 ctx) {
     check_taps(g);
     Direct p{};
@@ -48,7 +48,7 @@ void conv_fprop(int dtype, const void* x, const float* w, i64 w_k, i64 w_c, i64 
 
 // dx[h] gets dy[i] through tap r where i*stride - pad + r*dilation = h: for the rows h = a + stride*m these are the
 // taps with r*dilation = a + pad modulo the stride, and i = m + (a + pad - r*dilation) / stride.
-void conv_dgrad(int dtype, const void* dy, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, void* dx,
+void conv_dgrad(int dtype, const void* dy, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, void* dx,
                 i64 ctx) {
     check_taps(g);
     const i64 item = dtype == kF32 ? 4 : 2;

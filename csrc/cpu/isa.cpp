@@ -157,11 +157,11 @@ FORWARD(stem_bwd_apply,
          const void* coef, i64 P, i64 Q, i64 k, i64 stride, i64 pad, void* dx, i64 ctx),
         dtype, grad, idx, x, N, H, W, C, stat, coef, P, Q, k, stride, pad, dx, ctx)
 FORWARD(conv_fprop,
-        (int dtype, const void* x, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape,
+        (int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape,
          const float* bias, const void* residual, int relu, void* y, i64 ctx),
         dtype, x, w, w_k, w_c, w_tap, shape, bias, residual, relu, y, ctx)
 FORWARD(conv_dgrad,
-        (int dtype, const void* dy, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, void* dx,
+        (int dtype, const void* dy, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, void* dx,
          i64 ctx),
         dtype, dy, w, w_k, w_c, w_tap, shape, dx, ctx)
 FORWARD(conv_wgrad, (int dtype, const void* dy, const void* x, const ConvShape& shape, float* dw, i64 ctx), dtype, dy,

@@ -38,14 +38,14 @@ void extras(pybind11::module_& m) {
         "conv_fprop",
         [](int dtype, Address x, Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, Address bias,
            Address residual, int relu, Address y, i64 ctx) {
-            conv_fprop(dtype, pointer<void>(x), pointer<float>(w), w_k, w_c, w_tap, shape_of(sizes),
+            conv_fprop(dtype, pointer<void>(x), pointer<void>(w), w_k, w_c, w_tap, shape_of(sizes),
                        pointer<float>(bias), pointer<void>(residual), relu, pointer<void>(y), ctx);
         },
         released, "See csrc/cpu/conv.h.");
     m.def(
         "conv_dgrad",
         [](int dtype, Address dy, Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, Address dx, i64 ctx) {
-            conv_dgrad(dtype, pointer<void>(dy), pointer<float>(w), w_k, w_c, w_tap, shape_of(sizes), pointer<void>(dx),
+            conv_dgrad(dtype, pointer<void>(dy), pointer<void>(w), w_k, w_c, w_tap, shape_of(sizes), pointer<void>(dx),
                        ctx);
         },
         released, "See csrc/cpu/conv.h.");
