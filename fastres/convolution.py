@@ -1,8 +1,9 @@
 """Convolutions, split into fprop, dgrad and wgrad: PyTorch's (cuDNN, oneDNN) unless a kernel of ours is faster.
 
-On a CPU without bf16/fp16 arithmetic oneDNN has no primitive for those dtypes and PyTorch falls back to a
-loop ten times slower than its fp32 (measured on AVX2: 135 ms against 12.8 ms for a 3x3 of 64 channels at
-[8, 56, 56]); there the operands are widened to fp32, which is also the more accurate of the two.
+On the CPU ``backends/cpu_conv.py`` knows where ours are. On a CPU without bf16/fp16 arithmetic oneDNN has no
+primitive for those dtypes and PyTorch falls back to a loop ten times slower than its fp32 (measured on AVX2: 135 ms
+against 12.8 ms for a 3x3 of 64 channels at [8, 56, 56]); what our kernels do not serve there (groups) is widened
+to fp32 for PyTorch, which is also the more accurate of the two.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import functools
 import torch
 from torch import Tensor
 
-#: Geometry of one convolution: stride, padding, dilation (height, width each), groups.
-Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+from fastres import dispatch
+from fastres.backends import cpu_conv
+from fastres.problem import Geometry
+
+_CL = torch.channels_last
 
 
 @functools.cache
@@ -32,6 +36,13 @@ def widens(x: Tensor) -> bool:
     return not _native(x.device.type, x.dtype)
 
 
+def _ours(kind: str, x: Tensor, w: Tensor, g: Geometry, *dense: Tensor) -> bool:
+    """Whether the CPU backend's kernel takes this one."""
+    if x.device.type != "cpu" or dispatch.forced() not in ("", "cpu") or w.dtype != x.dtype:
+        return False
+    return cpu_conv.wins(kind, x, w, g) and all(t.is_contiguous(memory_format=_CL) for t in (*dense, w))
+
+
 def _f(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float()
 
@@ -39,6 +50,8 @@ def _f(t: Tensor | None) -> Tensor | None:
 def fprop(x: Tensor, w: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
     """``[N, K, P, Q]`` in channels_last and the dtype of ``x``."""
     stride, padding, dilation, groups = g
+    if _ours("fprop", x, w, g, x):
+        return cpu_conv.fprop(x, w, g, None if bias is None else bias.float())
     bias = None if bias is None else bias.to(x.dtype)
     if widens(x):
         return fprop(x.float(), w.float(), _f(bias), g).to(x.dtype)
@@ -54,6 +67,8 @@ def _backward(dy, x, w, g, which):
 
 def dgrad(dy: Tensor, x: Tensor, w: Tensor, g: Geometry) -> Tensor:
     """Gradient of the input, channels_last; of ``x`` only shape and dtype matter."""
+    if _ours("dgrad", x, w, g, dy):
+        return cpu_conv.dgrad(dy, x.shape, w, g)
     if widens(x):
         # The values of x do not enter; an fp32 view of the right shape avoids widening them.
         shape = torch.empty(1, device=x.device).expand(x.shape)
@@ -63,20 +78,17 @@ def dgrad(dy: Tensor, x: Tensor, w: Tensor, g: Geometry) -> Tensor:
     return dx.contiguous(memory_format=torch.channels_last)
 
 
-def wgrad(k, dy: Tensor, x: Tensor, w: Tensor, g: Geometry, with_bias: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the weight, in its strides, and, if asked for, of the bias. ``k`` is the backend that serves the
-    rest of the op: where it has a faster weight gradient of its own, that one runs."""
-    if widens(x):
-        dw, db = wgrad(k, dy.float(), x.float(), w.float(), g, with_bias)
-        return dw.to(w.dtype), None if db is None else db.to(w.dtype)
-    stride, padding, dilation, groups = g
-    if k.name == "cpu" and not with_bias and k.wins_wgrad(dy, x, w, groups):
-        db, dw = None, torch.empty_like(w, memory_format=torch.channels_last)
-        k.conv_wgrad(dy, x, stride, padding, dilation, dw)
+def wgrad(dy: Tensor, x: Tensor, w: Tensor, g: Geometry, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the weight, in its strides, and, if asked for, of the bias. Both in the dtype of ``w``, or in the
+    float32 they were summed in."""
+    if not with_bias and _ours("wgrad", x, w, g, dy, x):
+        dw, db = cpu_conv.wgrad(dy, x, w, g), None
+    elif widens(x):
+        dw, db = wgrad(dy.float(), x.float(), w.float(), g, with_bias)
     else:
         _, dw, db = _backward(dy, x, w, g, [False, True, with_bias])
     if dw.stride() != w.stride():  # autograd's layout contract, and what the fake promises
-        dw = torch.empty_like(w).copy_(dw)
+        dw = torch.empty_like(w, dtype=dw.dtype).copy_(dw)
     return dw, db if with_bias else None
 
 

@@ -130,11 +130,11 @@ def dgrad_add(dy: Tensor, w: Tensor, g: Geometry, grad: Tensor, mask: Tensor | N
     return dx
 
 
-def wgrad(k, dy: Tensor, x: Tensor, w: Tensor, g: Geometry, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+def wgrad(dy: Tensor, x: Tensor, w: Tensor, g: Geometry, with_bias: bool) -> tuple[Tensor, Tensor | None]:
     """Gradients of the weight, in its strides, and, if asked for, of the bias."""
     ours = None if with_bias else _choice("wgrad", (), x.shape, w, g, dy, x)
     if ours is None:
-        return library.wgrad(k, dy, x, w, g, with_bias)
+        return library.wgrad(dy, x, w, g, with_bias)
     module, _, config = ours
     dw = torch.empty_like(w, memory_format=_CL)
     module.conv_wgrad(dy, x, g, dw, config=config)

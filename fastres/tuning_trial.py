@@ -302,7 +302,7 @@ class Trial:
     def _library_wgrad(self, k, whole):
         dy, x = self.main
         w = self._new(self.w_shape)
-        return {"dw": library.wgrad(k, self._affine(k, dy), self._prologue(k, x), w, self.problem.geometry, False)[0]}
+        return {"dw": library.wgrad(self._affine(k, dy), self._prologue(k, x), w, self.problem.geometry, False)[0]}
 
 
 def matrix(t) -> tuple[int, int]:

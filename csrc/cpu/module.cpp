@@ -55,6 +55,8 @@ void extras(pybind11::module_& m) {
             conv_wgrad(dtype, pointer<void>(dy), pointer<void>(x), shape_of(sizes), pointer<float>(dw), ctx);
         },
         released, "See csrc/cpu/conv.h.");
+    m.def("prefer_huge_pages", &cpu_runtime::prefer_huge_pages, pybind11::arg("address"), pybind11::arg("bytes"),
+          "Ask the system to back the whole huge pages in [address, address + bytes) by such.");
     m.def("has_openmp", &cpu_runtime::has_openmp, "Whether more than one thread can run.");
 }
 

@@ -1,5 +1,8 @@
 #include "cpu/parallel.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include <unistd.h>
 
 #include <algorithm>
@@ -63,6 +66,16 @@ i64 l2_bytes() {
     return bytes;
 }
 
+void prefer_huge_pages(std::uintptr_t address, std::size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const std::uintptr_t page = 4096, first = (address + page - 1) / page * page,
+                         last = (address + bytes) / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)address, (void)bytes;
+#endif
+}
+
 void bad_dtype(int dtype) {
     throw std::invalid_argument("dtype must be 0 float32, 1 bfloat16, 2 float16 or 3 float64, got " +
                                 std::to_string(dtype));
@@ -70,6 +83,7 @@ void bad_dtype(int dtype) {
 
 Scratch::Scratch(std::size_t bytes) : memory_(bytes ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr) {
     if (bytes && !memory_) throw std::bad_alloc();
+    if (bytes >= (4u << 20)) prefer_huge_pages(reinterpret_cast<std::uintptr_t>(memory_), bytes);
 }
 
 Scratch::~Scratch() { std::free(memory_); }

@@ -20,6 +20,9 @@ bool has_openmp();
 // Bytes of the cache that a core has to itself; 512 KiB where the system does not tell.
 i64 l2_bytes();
 
+// Asks for huge pages in place of the small ones that lie wholly inside; advice, no more.
+void prefer_huge_pages(std::uintptr_t address, std::size_t bytes);
+
 [[noreturn]] void bad_dtype(int dtype);
 
 // Scratch memory aligned to a cache line, allocated before a region starts: nothing may throw inside one.

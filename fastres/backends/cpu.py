@@ -93,39 +93,32 @@ def tiles(M: int, C: int) -> int:
     return max(1, min(128, M // 128))
 
 
-def wins_wgrad(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, groups: int) -> bool:
-    """Whether :func:`conv_wgrad` is the faster weight gradient. Measured against oneDNN on 2 cores of a Zen 2, fp32,
-    batch 8, the layers of ResNet-50: 1.17x to 1.46x for 3x3; for 1x1, where packing weighs more, 1.06x to 1.35x from
-    256 channels on with at most 1568 pixels, 0.6x to 0.87x with 6272 and more; 0.22x for the 3-channel stem. Without
-    a measurement on AVX-512 oneDNN keeps the work there."""
-    K, C, R, S = w.shape
-    pixels = dy.shape[0] * dy.shape[2] * dy.shape[3]
-    if groups != 1 or x.dtype != torch.float32 or pixels == 0:
-        return False
-    wins = min(K, C) >= 32 if R * S >= 9 else min(K, C) >= 256 and pixels <= 2048
-    return wins and _module is not None and _module.isa() == "avx2"
+#: Allocations from here on are asked to lie on huge pages: two of x86's.
+HUGE_BYTES = 4 << 20
 
 
-def conv_wgrad(dy, x, stride, padding, dilation, dw) -> None:
-    """Fill ``dw`` with the weight gradient of a convolution without groups.
+def empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    """A dense channels_last tensor, on huge pages where it is large and the system has them for the asking: a page
+    fault costs up to 3 us for 4 KiB in a virtual machine, which was 7% of a training step."""
+    t = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    prefer_huge_pages(t)
+    return t
 
-    dy ``[N, K, P, Q]``, x ``[N, C, H, W]``, dw ``[K, C, R, S]``: float32 on the CPU, dense channels_last.
-    """
-    for what, t in (("dy", dy), ("x", x), ("dw", dw)):
-        if t.device.type != "cpu" or t.dtype != torch.float32:
-            raise TypeError(f"conv_wgrad: {what}: got {t.dtype} on {t.device}, expected float32 on the CPU")
-        if not t.is_contiguous(memory_format=torch.channels_last):
-            raise ValueError(f"conv_wgrad: {what}: got strides {t.stride()}, expected dense channels_last")
-    (N, K, P, Q), (_, C, H, W), (_, _, R, S) = dy.shape, x.shape, dw.shape
-    if x.shape[0] != N or dw.shape[:2] != (K, C):
-        raise ValueError(f"conv_wgrad: dw: got shape {tuple(dw.shape)}, expected ({K}, {C}, R, S) with one batch size")
-    sizes = (N, H, W, C, K, P, Q, R, S, *stride, *padding, *dilation)
-    _require().conv_wgrad(0, dy.data_ptr(), x.data_ptr(), sizes, dw.data_ptr(), torch.get_num_threads())
+
+def prefer_huge_pages(t: torch.Tensor) -> None:
+    """Ask for huge pages behind ``t``, if it is large; nothing else changes."""
+    if t.nbytes >= HUGE_BYTES and _module is not None and type(t) is torch.Tensor:  # not a fake one
+        _module.prefer_huge_pages(t.data_ptr(), t.nbytes)
 
 
 def isa() -> str:
     """Instruction set in use: "avx512", "avx2" or "scalar"."""
     return _require().isa()
+
+
+def isa_or_none() -> str | None:
+    """:func:`isa`, or None where the extension is missing."""
+    return None if _module is None else _module.isa()
 
 
 def available_isas() -> list[str]:

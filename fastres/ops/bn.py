@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastres import dispatch
+from fastres.backends import cpu
 from fastres.backends.reference import acc_dtype
 from fastres.library import register
 from fastres.ops.params import BN
@@ -88,8 +89,12 @@ def matrix(x: Tensor) -> tuple[int, int]:
 def new(like: Tensor, shape, dtype=None) -> Tensor:
     """The one allocator of activations: dense NHWC, used by implementations and fakes alike."""
     if dtype is None and shape == like.shape:
-        return torch.empty_like(like, memory_format=CL)  # a third of the time, most of which is reading arguments
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=CL)
+        t = torch.empty_like(like, memory_format=CL)  # a third of the time, most of which is reading arguments
+    else:
+        t = torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=CL)
+    if t.is_cpu:
+        cpu.prefer_huge_pages(t)
+    return t
 
 
 def new_mask(like: Tensor, M: int, C: int) -> Tensor:

@@ -214,7 +214,7 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
             k.bn_apply(acts[i - 1], *matrix(source), stats[i - 1], None, None, True, source, None)
         if need(i, 0) or need(i, 1):
             reference = source if source is not None else acts[i - 1]
-            dparams[i][0], dparams[i][1] = riding.wgrad(k, da, reference, weights[i], c.g[i], need(i, 1))
+            dparams[i][0], dparams[i][1] = riding.wgrad(da, reference, weights[i], c.g[i], need(i, 1))
         h = source = None
         if i == 0 and needs[0]:
             dx = input_gradient(da)
@@ -226,7 +226,7 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
             k.bn_bwd_apply(dy, acts[i - 1], M, C, stats[i - 1], coef, None, None, None, None, not rode, dy, None)
             da = dy
     if c.projected and (need(n, 0) or need(n, 1)):
-        dparams[n][0], dparams[n][1] = riding.wgrad(k, dres, x, weights[n], c.g[n], need(n, 1))
+        dparams[n][0], dparams[n][1] = riding.wgrad(dres, x, weights[n], c.g[n], need(n, 1))
     for row, dw in zip(dparams, cast_all([row[0] for row in dparams[: len(types)]], types), strict=False):
         row[0] = dw
     flat = [t if need(i, j) else None for i, row in enumerate(dparams) for j, t in enumerate(row)]

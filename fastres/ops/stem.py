@@ -88,7 +88,8 @@ def _bwd(grad, x, weight, a, idx, stat, geometry, pool, batch_stats, needs, back
         da = new(a, a.shape)
         k.stem_bwd_apply(grad, idx, a, *size, stat, coef, *window, da)
         if needs[1] or needs[2]:
-            dw, db = riding.wgrad(k, da, nhwc(x), weight, g, needs[2])
+            dw, db = riding.wgrad(da, nhwc(x), weight, g, needs[2])
+            dw = cast(dw, weight.dtype)
         if needs[0]:
             dx = riding.dgrad(da, x, weight, g)
     wanted = (dx, dw if needs[1] else None, db, dgamma, dbeta)

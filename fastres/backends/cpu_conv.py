@@ -1,0 +1,193 @@
+"""Convolutions of the CPU backend (``csrc/cpu/conv_*.cpp``), and where they are faster than oneDNN's.
+
+The kernels widen 16-bit activations to float32 while they lay them out and sum in float32. Without a matrix unit that
+is as fast as float32, while oneDNN uses the bf16 dot product, which several processors run at half the rate of a
+float32 FMA, or has no 16-bit primitive at all. Whether it pays is measured once per process (`narrow_ratio`).
+In float32 oneDNN is near the peak, so single layers are picked from a table of measurements.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+from torch import Tensor
+
+from fastres.problem import ConvProblem, Geometry, problem_of
+
+from . import cpu
+from .trusted import DTYPE_CODE
+
+_CL = torch.channels_last
+#: Taps a kernel has room for (csrc/cpu/conv_direct.h).
+MAX_TAPS = 121
+#: A measured ratio must exceed this before a kernel of ours replaces PyTorch's call.
+MARGIN = 1.1
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(x: Tensor, w: Tensor, geometry: Geometry) -> list[str]:
+    """Reasons why the kernels cannot serve the convolution of x and w, [] if they can."""
+    reasons = []
+    if cpu._module is None:
+        return [cpu._missing]
+    if x.device.type != "cpu":
+        reasons.append(f"tensors are on {x.device}, the cpu backend serves CPU tensors")
+    if x.dtype not in _DTYPES or w.dtype != x.dtype:
+        reasons.append(f"dtypes {x.dtype} and {w.dtype} are not float32, bfloat16 or float16 for both")
+    if geometry[3] != 1:
+        reasons.append(f"{geometry[3]} groups, the kernels know one")
+    if w.shape[2] * w.shape[3] > MAX_TAPS:
+        reasons.append(f"{w.shape[2]} x {w.shape[3]} taps, the kernels have room for {MAX_TAPS}")
+    if 0 in x.shape or 0 in w.shape:
+        reasons.append("an empty operand")
+    return reasons
+
+
+def wins(kind: str, x: Tensor, w: Tensor, geometry: Geometry) -> bool:
+    """Whether ``kind`` ("fprop", "dgrad", "wgrad") of ours is the faster one; x: the input, or a tensor like it."""
+    return _wins(kind, x.dtype, x.device.type, tuple(x.shape), tuple(w.shape), geometry, cpu.isa_or_none())
+
+
+@functools.lru_cache(maxsize=4096)
+def _wins(kind, dtype, device, x_shape, w_shape, geometry, isa) -> bool:
+    x, w = (torch.empty(1, dtype=dtype, device=device).expand(s) for s in (x_shape, w_shape))
+    if isa in (None, "scalar") or why_not(x, w, geometry):
+        return False
+    p = problem_of(x_shape, w_shape, geometry)
+    if kind == "wgrad" and p.C < 16:
+        return False  # a panel is 32 channels wide: 0.2x of oneDNN for the 3 of a stem
+    if dtype != torch.float32:
+        return narrow_ratio(dtype) > MARGIN
+    return _TABLES[isa](kind, p) if isa in _TABLES else False
+
+
+def _avx512_fp32(kind: str, p: ConvProblem) -> bool:
+    """Measured against oneDNN on 2 cores with AVX-512 (docs/perf-log.md), batch 8, the layers of ResNet-50."""
+    pixels, pointwise = p.N * p.P * p.Q, p.R * p.S == 1
+    if min(p.C, p.K) < 64:
+        return False
+    if kind == "fprop":
+        return pointwise and p.K >= 2 * p.C and pixels <= 6272
+    strided = max(p.stride) > 1
+    if kind == "dgrad":
+        if strided:
+            return pointwise or pixels <= 1568
+        return pixels <= 392 or (pointwise and p.C >= 2 * p.K and pixels <= 6272)
+    if pointwise:
+        return pixels <= 392 or (pixels <= 1568 and p.C >= 2 * p.K)
+    return strided or pixels <= 1568
+
+
+def _avx2_fp32(kind: str, p: ConvProblem) -> bool:
+    """Measured on 2 cores of a Zen 2, batch 8, the layers of ResNet-50: only weight gradients win there."""
+    pixels = p.N * p.P * p.Q
+    if kind != "wgrad":
+        return False
+    return min(p.K, p.C) >= 32 if p.R * p.S >= 9 else min(p.K, p.C) >= 256 and pixels <= 2048
+
+
+_TABLES = {"avx512": _avx512_fp32, "avx2": _avx2_fp32}
+
+
+@functools.cache
+def narrow_ratio(dtype: torch.dtype) -> float:
+    """How many times faster than PyTorch's our kernel runs a 16-bit 3x3 convolution here: the least of five runs each
+    in turns, about 20 ms, once per process. Infinite where PyTorch has no primitive for the dtype."""
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    if not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")():
+        return float("inf")
+    x = torch.ones(4, 64, 28, 28, dtype=dtype).to(memory_format=_CL)
+    w = torch.ones(64, 64, 3, 3, dtype=dtype).to(memory_format=_CL)
+    g = ((1, 1), (1, 1), (1, 1), 1)
+    best = [float("inf"), float("inf")]
+    for _ in range(6):  # the first run of each is its warm-up, and never the least
+        for i, run in enumerate((_plain, fprop)):
+            start = time.perf_counter()
+            run(x, w, g)
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best[0] / best[1]
+
+
+def _plain(x: Tensor, w: Tensor, g: Geometry) -> Tensor:
+    return torch.ops.aten.convolution(x, w, None, *g[:3], False, (0, 0), g[3])
+
+
+def _sizes(p: ConvProblem) -> tuple[int, ...]:
+    return p.N, p.H, p.W, p.C, p.K, p.P, p.Q, p.R, p.S, *p.stride, *p.padding, *p.dilation
+
+
+def _weight(w: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides in K, C and taps."""
+    if w.stride(2) != w.shape[3] * w.stride(3) and w.shape[2] > 1:
+        raise ValueError(f"w: got strides {w.stride()}, expected taps at equal distances")
+    return w.data_ptr(), w.stride(0), w.stride(1), w.stride(3) if w.shape[3] > 1 else w.stride(2)
+
+
+def _check(function: str, p: ConvProblem, dtype: torch.dtype, **tensors: tuple[Tensor | None, tuple]) -> None:
+    for what, (t, shape) in tensors.items():
+        if t is None:
+            continue
+        if t.device.type != "cpu" or t.dtype != dtype:
+            raise TypeError(f"{function}: {what}: got {t.dtype} on {t.device}, expected {dtype} on the CPU")
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{function}: {what}: got shape {tuple(t.shape)}, expected {shape} for {p}")
+        if not t.is_contiguous(memory_format=_CL):
+            raise ValueError(f"{function}: {what}: got strides {t.stride()}, expected dense channels_last")
+
+
+def _problem(function: str, x_shape, w: Tensor, g: Geometry, dtype: torch.dtype) -> ConvProblem:
+    if dtype not in _DTYPES or w.dtype != dtype:
+        raise TypeError(f"{function}: w: got {w.dtype} for {dtype}, expected float32, bfloat16 or float16 for both")
+    p = problem_of(x_shape, w.shape, g)
+    if g[3] != 1 or w.shape[1] != p.C:
+        raise ValueError(f"{function}: w: got shape {tuple(w.shape)} with {g[3]} groups, expected [K, {p.C}, R, S]")
+    if p.R * p.S > MAX_TAPS:
+        raise ValueError(f"{function}: w: got {p.R} x {p.S} taps, expected at most {MAX_TAPS}")
+    if min(p.P, p.Q) < 1:
+        raise ValueError(f"{function}: x: got {p.H} x {p.W}, smaller than the kernel's reach")
+    return p
+
+
+def fprop(x: Tensor, w: Tensor, g: Geometry, bias: Tensor | None = None, residual: Tensor | None = None,
+          relu: bool = False, y: Tensor | None = None) -> Tensor:  # fmt: skip
+    """``act(conv(x, w) + bias + residual)``, ``[N, K, P, Q]`` in channels_last.
+
+    x ``[N, C, H, W]`` and residual: dense channels_last; w ``[K, C, R, S]`` in the dtype of x; bias ``[K]`` float32.
+    y, if given, is filled and returned. Raises TypeError / ValueError naming the argument.
+    """
+    p = _problem("fprop", x.shape, w, g, x.dtype)
+    shape = (p.N, p.K, p.P, p.Q)
+    y = cpu.empty(shape, x.dtype) if y is None else y
+    _check("fprop", p, x.dtype, x=(x, tuple(x.shape)), residual=(residual, shape), y=(y, shape))
+    if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (p.K,) or not bias.is_contiguous()):
+        raise ValueError(f"fprop: bias: got {bias.dtype} {tuple(bias.shape)}, expected dense float32 ({p.K},)")
+    cpu._require().conv_fprop(
+        DTYPE_CODE[x.dtype], x.data_ptr(), *_weight(w), _sizes(p), 0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(), relu, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def dgrad(dy: Tensor, x_shape, w: Tensor, g: Geometry) -> Tensor:
+    """Gradient of the input ``[N, C, H, W]``, channels_last. dy ``[N, K, P, Q]``: dense channels_last."""
+    p = _problem("dgrad", x_shape, w, g, dy.dtype)
+    _check("dgrad", p, dy.dtype, dy=(dy, (p.N, p.K, p.P, p.Q)))
+    dx = cpu.empty(tuple(x_shape), dy.dtype)
+    cpu._require().conv_dgrad(
+        DTYPE_CODE[dy.dtype], dy.data_ptr(), *_weight(w), _sizes(p), dx.data_ptr(), torch.get_num_threads()
+    )
+    return dx
+
+
+def wgrad(dy: Tensor, x: Tensor, w: Tensor, g: Geometry) -> Tensor:
+    """Gradient of the weight, float32 whatever the dtype of dy and x, channels_last. Of ``w`` only shape and dtype
+    matter. dy ``[N, K, P, Q]``, x ``[N, C, H, W]``: dense channels_last."""
+    p = _problem("wgrad", x.shape, w, g, x.dtype)
+    _check("wgrad", p, x.dtype, x=(x, tuple(x.shape)), dy=(dy, (p.N, p.K, p.P, p.Q)))
+    dw = torch.empty(w.shape, dtype=torch.float32, memory_format=_CL)
+    cpu._require().conv_wgrad(
+        DTYPE_CODE[x.dtype], dy.data_ptr(), x.data_ptr(), _sizes(p), dw.data_ptr(), torch.get_num_threads()
+    )
+    return dw
