@@ -7,6 +7,7 @@
 #include "cpu/conv.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/pool.h"
 
 namespace cpu {
 namespace {
@@ -55,8 +56,19 @@ void extras(pybind11::module_& m) {
             conv_wgrad(dtype, pointer<void>(dy), pointer<void>(x), shape_of(sizes), pointer<float>(dw), ctx);
         },
         released, "See csrc/cpu/conv.h.");
-    m.def("prefer_huge_pages", &cpu_runtime::prefer_huge_pages, pybind11::arg("address"), pybind11::arg("bytes"),
-          "Ask the system to back the whole huge pages in [address, address + bytes) by such.");
+    using cpu_runtime::PoolBlock;
+    pybind11::class_<PoolBlock>(m, "PoolBlock", pybind11::buffer_protocol(),
+                                "Bytes from the pool, see csrc/cpu/pool.h.")
+        .def(pybind11::init<std::size_t>(), pybind11::arg("bytes"))
+        .def_buffer([](const PoolBlock& b) {
+            return pybind11::buffer_info(static_cast<std::uint8_t*>(b.get()),
+                                         static_cast<pybind11::ssize_t>(b.bytes()));
+        });
+    m.def("pool_info", [] {
+        const cpu_runtime::PoolInfo info = cpu_runtime::pool_info();
+        return pybind11::make_tuple(info.in_use, info.idle, info.peak);
+    });
+    m.def("pool_release", &cpu_runtime::pool_release);
     m.def("has_openmp", &cpu_runtime::has_openmp, "Whether more than one thread can run.");
 }
 

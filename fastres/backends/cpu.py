@@ -93,22 +93,34 @@ def tiles(M: int, C: int) -> int:
     return max(1, min(128, M // 128))
 
 
-#: Allocations from here on are asked to lie on huge pages: two of x86's.
-HUGE_BYTES = 4 << 20
+#: Activations from here on come from the pool.
+POOL_BYTES = 2 << 20
 
 
 def empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor:
-    """A dense channels_last tensor, on huge pages where it is large and the system has them for the asking: a page
-    fault costs up to 3 us for 4 KiB in a virtual machine, which was 7% of a training step."""
-    t = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
-    prefer_huge_pages(t)
-    return t
+    """An uninitialised dense channels_last tensor ``[N, C, H, W]``.
+
+    A large one lies in memory that is kept when the tensor goes, for the next step's: the C library gives large blocks
+    back to the system, and every step pays for fresh pages again (3 us for 4 KiB in a virtual machine, a tenth of a
+    training step). The pool never holds more than was in use at once; :func:`release_memory` empties it.
+    """
+    N, C, H, W = shape
+    n = N * C * H * W
+    if n * dtype.itemsize < POOL_BYTES or _module is None:
+        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    flat = torch.frombuffer(_module.PoolBlock(n * dtype.itemsize), dtype=dtype, count=n)
+    # Not a view of `flat`: PyTorch treats views made without gradients differently when they are written later.
+    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, shape, (H * W * C, 1, W * C, C))
 
 
-def prefer_huge_pages(t: torch.Tensor) -> None:
-    """Ask for huge pages behind ``t``, if it is large; nothing else changes."""
-    if t.nbytes >= HUGE_BYTES and _module is not None and type(t) is torch.Tensor:  # not a fake one
-        _module.prefer_huge_pages(t.data_ptr(), t.nbytes)
+def memory_info() -> dict[str, int]:
+    """Bytes of the activations' pool: ``in_use``, ``idle``, and ``peak``, the most in use at once."""
+    return dict(zip(("in_use", "idle", "peak"), _require().pool_info(), strict=True))
+
+
+def release_memory() -> None:
+    """Give the idle part of the activations' pool back to the system."""
+    _require().pool_release()
 
 
 def isa() -> str:

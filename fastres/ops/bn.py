@@ -88,13 +88,11 @@ def matrix(x: Tensor) -> tuple[int, int]:
 
 def new(like: Tensor, shape, dtype=None) -> Tensor:
     """The one allocator of activations: dense NHWC, used by implementations and fakes alike."""
+    if like.is_cpu and type(like) is Tensor:  # not a fake one
+        return cpu.empty(shape, dtype or like.dtype)
     if dtype is None and shape == like.shape:
-        t = torch.empty_like(like, memory_format=CL)  # a third of the time, most of which is reading arguments
-    else:
-        t = torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=CL)
-    if t.is_cpu:
-        cpu.prefer_huge_pages(t)
-    return t
+        return torch.empty_like(like, memory_format=CL)  # a third of the time, most of which is reading arguments
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=CL)
 
 
 def new_mask(like: Tensor, M: int, C: int) -> Tensor:
