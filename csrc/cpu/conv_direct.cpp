@@ -24,26 +24,56 @@ FR_INLINE void widen(const T* from, i64 n, float* to) {
     if (n) store_part(to, load_part(from, int(n)), int(n));
 }
 
+// out [channels, kPanel] = in [outs, channels], rows w_out apart.
+template <class T>
+FR_INLINE void transpose(const T* in, i64 w_out, i64 outs, i64 channels, float* out) {
+    typedef float Four __attribute__((vector_size(16)));
+    typedef std::int32_t Order __attribute__((vector_size(16)));
+    i64 k = 0;
+    for (; k + 4 <= outs && channels == kBlock; k += 4) {
+        alignas(64) float rows[4][kBlock];
+        for (int i = 0; i < 4; ++i) {
+            widen(in + (k + i) * w_out, kBlock, rows[i]);
+            __builtin_prefetch(in + (k + i) * w_out + 8 * kBlock);
+        }
+        for (int c = 0; c < kBlock; c += 4) {
+            const Four a = read<Four>(rows[0] + c), b = read<Four>(rows[1] + c), d = read<Four>(rows[2] + c),
+                       e = read<Four>(rows[3] + c);
+            const Four ab0 = __builtin_shuffle(a, b, Order{0, 4, 1, 5}),
+                       ab1 = __builtin_shuffle(a, b, Order{2, 6, 3, 7});
+            const Four de0 = __builtin_shuffle(d, e, Order{0, 4, 1, 5}),
+                       de1 = __builtin_shuffle(d, e, Order{2, 6, 3, 7});
+            write(out + c * kPanel + k, __builtin_shuffle(ab0, de0, Order{0, 1, 4, 5}));
+            write(out + (c + 1) * kPanel + k, __builtin_shuffle(ab0, de0, Order{2, 3, 6, 7}));
+            write(out + (c + 2) * kPanel + k, __builtin_shuffle(ab1, de1, Order{0, 1, 4, 5}));
+            write(out + (c + 3) * kPanel + k, __builtin_shuffle(ab1, de1, Order{2, 3, 6, 7}));
+        }
+    }
+    for (; k < outs; ++k) {
+        alignas(64) float row[kBlock];
+        widen(in + k * w_out, channels, row);
+        for (i64 c = 0; c < channels; ++c) out[c * kPanel + k] = row[c];
+    }
+}
+
 // [panel][channel block][tap][channel][kPanel], channels past C or K zero.
 template <class T>
 void pack_weights(const Direct& p, const Layout& l, float* to, i64 threads) {
-    parallel(threads, l.panels * l.blocks, [&](i64 first, i64 last, int) {
+    // Taps outside, blocks inside: the rows of a channels_last weight are read from front to back.
+    parallel(threads, l.panels * p.n_taps, [&](i64 first, i64 last, int) {
         for (i64 task = first; task < last; ++task) {
-            const i64 k0 = task / l.blocks * kPanel, b = task % l.blocks, c0 = b * kBlock;
-            const i64 width = b + 1 < l.blocks ? kBlock : l.last_width;
-            const i64 channels = min_of(kBlock, p.C - c0), outs = min_of(kPanel, p.K - k0);
-            float* out = to + task / l.blocks * l.panel_floats + b * kBlock * p.n_taps * kPanel;
-            for (int t = 0; t < p.n_taps; ++t, out += width * kPanel) {
-                const T* in = static_cast<const T*>(p.w) + p.w_tap[t] + k0 * p.w_out + c0 * p.w_in;
+            const i64 k0 = task / p.n_taps * kPanel, t = task % p.n_taps, outs = min_of(kPanel, p.K - k0);
+            const T* from = static_cast<const T*>(p.w) + p.w_tap[t] + k0 * p.w_out;
+            for (i64 b = 0; b < l.blocks; ++b) {
+                const i64 c0 = b * kBlock, width = b + 1 < l.blocks ? kBlock : l.last_width;
+                const i64 channels = min_of(kBlock, p.C - c0);
+                const T* in = from + c0 * p.w_in;
+                float* out = to + task / p.n_taps * l.panel_floats + (c0 * p.n_taps + t * width) * kPanel;
                 if (channels < width || outs < kPanel) __builtin_memset(out, 0, width * kPanel * sizeof(float));
                 if (p.w_out == 1) {
                     for (i64 c = 0; c < channels; ++c) widen(in + c * p.w_in, outs, out + c * kPanel);
                 } else if (p.w_in == 1) {
-                    for (i64 k = 0; k < outs; ++k) {
-                        alignas(64) float row[kBlock];
-                        widen(in + k * p.w_out, channels, row);
-                        for (i64 c = 0; c < channels; ++c) out[c * kPanel + k] = row[c];
-                    }
+                    transpose(in, p.w_out, outs, channels, out);
                 } else {
                     for (i64 k = 0; k < outs; ++k)
                         for (i64 c = 0; c < channels; ++c)

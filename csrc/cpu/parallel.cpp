@@ -11,6 +11,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/pool.h"
+
 namespace cpu_runtime {
 namespace {
 
@@ -81,11 +83,22 @@ void bad_dtype(int dtype) {
                                 std::to_string(dtype));
 }
 
-Scratch::Scratch(std::size_t bytes) : memory_(bytes ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr) {
-    if (bytes && !memory_) throw std::bad_alloc();
-    if (bytes >= (4u << 20)) prefer_huge_pages(reinterpret_cast<std::uintptr_t>(memory_), bytes);
+Scratch::Scratch(std::size_t bytes) : block_(nullptr), memory_(nullptr) {
+    if (bytes >= (std::size_t(2) << 20)) {
+        block_ = new PoolBlock(bytes);
+        memory_ = block_->get();
+    } else if (bytes) {
+        memory_ = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+        if (!memory_) throw std::bad_alloc();
+    }
 }
 
-Scratch::~Scratch() { std::free(memory_); }
+Scratch::~Scratch() {
+    if (block_) {
+        delete block_;
+    } else {
+        std::free(memory_);
+    }
+}
 
 }  // namespace cpu_runtime

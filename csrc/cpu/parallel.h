@@ -25,7 +25,10 @@ void prefer_huge_pages(std::uintptr_t address, std::size_t bytes);
 
 [[noreturn]] void bad_dtype(int dtype);
 
-// Scratch memory aligned to a cache line, allocated before a region starts: nothing may throw inside one.
+class PoolBlock;  // pool.h
+
+// Scratch memory aligned to a cache line, allocated before a region starts: nothing may throw inside one. What is large
+// comes from the pool.
 class Scratch {
   public:
     explicit Scratch(std::size_t bytes);
@@ -35,6 +38,7 @@ class Scratch {
     void* get() const { return memory_; }
 
   private:
+    PoolBlock* block_;
     void* memory_;
 };
 

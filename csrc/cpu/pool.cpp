@@ -68,8 +68,9 @@ PoolBlock::~PoolBlock() {
     p.in_use -= held_;
     p.idle_bytes += held_;
     p.idle.push_back({memory_, held_});
-    // What is held never exceeds what was needed at once: other sizes push out those no longer asked for.
-    while (p.in_use + p.idle_bytes > p.peak) {
+    // The sizes of a step do not peak together, so the pool may hold half as much again as was ever in use at once;
+    // beyond that, what has idled longest goes.
+    while (p.idle_bytes && p.in_use + p.idle_bytes > p.peak + p.peak / 2) {
         std::free(p.idle.front().memory);
         p.idle_bytes -= p.idle.front().bytes;
         p.idle.pop_front();
