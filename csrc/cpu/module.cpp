@@ -66,7 +66,7 @@ void extras(pybind11::module_& m) {
         });
     m.def("pool_info", [] {
         const cpu_runtime::PoolInfo info = cpu_runtime::pool_info();
-        return pybind11::make_tuple(info.in_use, info.idle, info.peak);
+        return pybind11::make_tuple(info.in_use, info.peak);
     });
     m.def("pool_release", &cpu_runtime::pool_release);
     m.def("has_openmp", &cpu_runtime::has_openmp, "Whether more than one thread can run.");

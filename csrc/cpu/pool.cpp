@@ -1,30 +1,71 @@
 #include "cpu/pool.h"
 
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <list>
+#include <iterator>
+#include <map>
 #include <mutex>
 #include <new>
 
 #include "cpu/parallel.h"
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace cpu_runtime {
 namespace {
 
-constexpr std::size_t kUnit = std::size_t(2) << 20;  // a huge page of x86
+constexpr std::size_t kUnit = std::size_t(2) << 20;     // a huge page of x86
+constexpr std::size_t kSegment = std::size_t(1) << 30;  // of address space: pages exist once they are touched
 
-struct Idle {
-    void* memory;
-    std::size_t bytes;
-};
+std::size_t round_up(std::size_t n) { return (n + kUnit - 1) / kUnit * kUnit; }
 
+// The lowest gap that is large enough: what a step touched is what the next one gets.
 struct Pool {
     std::mutex mutex;
-    std::list<Idle> idle;  // the longest idle first
-    std::size_t in_use = 0, idle_bytes = 0, peak = 0;
+    std::map<char*, std::size_t> gaps;  // neighbours are joined
+    std::size_t in_use = 0, peak = 0;
+
+    char* take(std::size_t bytes) {
+        auto gap = std::find_if(gaps.begin(), gaps.end(), [&](const auto& g) { return g.second >= bytes; });
+        if (gap == gaps.end()) gap = add_segment(bytes);
+        char* const memory = gap->first;
+        const std::size_t left = gap->second - bytes;
+        gaps.erase(gap);
+        if (left) gaps.emplace(memory + bytes, left);
+        in_use += bytes;
+        peak = std::max(peak, in_use);
+        return memory;
+    }
+
+    void give(char* memory, std::size_t bytes) {
+        in_use -= bytes;
+        auto next = gaps.lower_bound(memory);
+        if (next != gaps.end() && memory + bytes == next->first) {
+            bytes += next->second;
+            next = gaps.erase(next);
+        }
+        if (next != gaps.begin()) {
+            auto before = std::prev(next);
+            if (before->first + before->second == memory) {
+                before->second += bytes;
+                return;
+            }
+        }
+        gaps.emplace_hint(next, memory, bytes);
+    }
+
+    std::map<char*, std::size_t>::iterator add_segment(std::size_t bytes) {
+        const std::size_t size = std::max(bytes, kSegment) + kUnit;
+        int flags = MAP_PRIVATE | MAP_ANONYMOUS;
+#ifdef MAP_NORESERVE
+        flags |= MAP_NORESERVE;
+#endif
+        void* const p = mmap(nullptr, size, PROT_READ | PROT_WRITE, flags, -1, 0);
+        if (p == MAP_FAILED) throw std::bad_alloc();
+        char* const start = reinterpret_cast<char*>(round_up(reinterpret_cast<std::uintptr_t>(p)));
+        prefer_huge_pages(reinterpret_cast<std::uintptr_t>(start), size - kUnit);
+        return gaps.emplace(start, size - kUnit).first;
+    }
 };
 
 // Never destroyed: tensors may outlive every static object.
@@ -33,63 +74,27 @@ Pool& pool() {
     return *p;
 }
 
-void* fresh(std::size_t bytes) {
-    void* const p = std::aligned_alloc(kUnit, bytes);
-    if (!p) throw std::bad_alloc();
-    prefer_huge_pages(reinterpret_cast<std::uintptr_t>(p), bytes);
-    return p;
-}
-
 }  // namespace
 
-PoolBlock::PoolBlock(std::size_t bytes) : bytes_(bytes), held_((bytes + kUnit - 1) / kUnit * kUnit) {
-    Pool& p = pool();
-    const std::lock_guard<std::mutex> lock(p.mutex);
-    // The tightest fit that wastes at most an eighth.
-    auto best = p.idle.end();
-    for (auto i = p.idle.begin(); i != p.idle.end(); ++i)
-        if (i->bytes >= held_ && i->bytes <= held_ + held_ / 8 && (best == p.idle.end() || i->bytes <= best->bytes))
-            best = i;  // among equals the one used last, whose lines may still be in a cache
-    if (best != p.idle.end()) {
-        memory_ = best->memory;
-        held_ = best->bytes;
-        p.idle_bytes -= held_;
-        p.idle.erase(best);
-    } else {
-        memory_ = fresh(held_);
-    }
-    p.in_use += held_;
-    if (p.in_use > p.peak) p.peak = p.in_use;
+PoolBlock::PoolBlock(std::size_t bytes) : bytes_(bytes), held_(round_up(std::max(bytes, std::size_t(1)))) {
+    const std::lock_guard<std::mutex> lock(pool().mutex);
+    memory_ = pool().take(held_);
 }
 
 PoolBlock::~PoolBlock() {
-    Pool& p = pool();
-    const std::lock_guard<std::mutex> lock(p.mutex);
-    p.in_use -= held_;
-    p.idle_bytes += held_;
-    p.idle.push_back({memory_, held_});
-    // The sizes of a step do not peak together, so the pool may hold half as much again as was ever in use at once;
-    // beyond that, what has idled longest goes.
-    while (p.idle_bytes && p.in_use + p.idle_bytes > p.peak + p.peak / 2) {
-        std::free(p.idle.front().memory);
-        p.idle_bytes -= p.idle.front().bytes;
-        p.idle.pop_front();
-    }
+    const std::lock_guard<std::mutex> lock(pool().mutex);
+    pool().give(memory_, held_);
 }
 
 PoolInfo pool_info() {
-    Pool& p = pool();
-    const std::lock_guard<std::mutex> lock(p.mutex);
-    return {p.in_use, p.idle_bytes, p.peak};
+    const std::lock_guard<std::mutex> lock(pool().mutex);
+    return {pool().in_use, pool().peak};
 }
 
 void pool_release() {
-    Pool& p = pool();
-    const std::lock_guard<std::mutex> lock(p.mutex);
-    for (const Idle& i : p.idle) std::free(i.memory);
-    p.idle.clear();
-    p.idle_bytes = 0;
-    p.peak = p.in_use;
+    const std::lock_guard<std::mutex> lock(pool().mutex);
+    for (const auto& [memory, bytes] : pool().gaps) madvise(memory, bytes, MADV_DONTNEED);
+    pool().peak = pool().in_use;
 }
 
 }  // namespace cpu_runtime

@@ -4,7 +4,8 @@
 
 namespace cpu_runtime {
 
-// A block of memory of at least `bytes`, page aligned; back to the pool on destruction. Throws std::bad_alloc.
+// At least `bytes` of uninitialised memory on a huge page's boundary; back to the pool on destruction.
+// Throws std::bad_alloc.
 class PoolBlock {
   public:
     explicit PoolBlock(std::size_t bytes);
@@ -15,15 +16,15 @@ class PoolBlock {
     std::size_t bytes() const { return bytes_; }
 
   private:
-    void* memory_;
+    char* memory_;
     std::size_t bytes_, held_;
 };
 
 struct PoolInfo {
-    std::size_t in_use, idle, peak;  // bytes; peak: most in use at once
+    std::size_t in_use, peak;  // bytes; peak: most in use at once, and about what the pool holds
 };
 PoolInfo pool_info();
-// Gives idle blocks back to the system; the peak starts anew.
+// Gives the pages of idle memory back to the system.
 void pool_release();
 
 }  // namespace cpu_runtime

@@ -102,7 +102,7 @@ def empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor:
 
     A large one lies in memory that is kept when the tensor goes, for the next step's: the C library gives large blocks
     back to the system, and every step pays for fresh pages again (3 us for 4 KiB in a virtual machine, a tenth of a
-    training step). The pool never holds more than was in use at once; :func:`release_memory` empties it.
+    training step). The pool holds about as much as was ever in use at once; :func:`release_memory` empties it.
     """
     N, C, H, W = shape
     n = N * C * H * W
@@ -114,8 +114,8 @@ def empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def memory_info() -> dict[str, int]:
-    """Bytes of the activations' pool: ``in_use``, ``idle``, and ``peak``, the most in use at once."""
-    return dict(zip(("in_use", "idle", "peak"), _require().pool_info(), strict=True))
+    """Bytes of the activations' pool: ``in_use``, and ``peak``, the most in use at once."""
+    return dict(zip(("in_use", "peak"), _require().pool_info(), strict=True))
 
 
 def release_memory() -> None:
