@@ -34,7 +34,7 @@ def library(tmp_path_factory):
     emulator = CSRC / "emulator"
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     defines = ["-DFASTRES_EMULATE", "-DFASTRES_BACKEND=emulator"]
-    files = [emulator / "selftest.cu", emulator / "machine.cpp", emulator / "fiber.cpp"]
+    files = [emulator / "selftest.cu", *(f for f in sorted(emulator.glob("*.cpp")) if f.name != "module.cpp")]
     command = [cxx, *flags, *defines, "-x", "c++", *map(str, files), "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, f"{' '.join(command)}\n{done.stderr}"
@@ -179,6 +179,64 @@ def test_sixteen_bit_floats(run):
                 assert run("round_trip", source[at : at + THREADS].contiguous(), out) == ""
                 got[at : at + THREADS] = out[half * THREADS :][:THREADS]
             torch.testing.assert_close(got, source.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
+
+
+# ---- cooperative grids
+
+
+@pytest.fixture
+def chip(library):
+    """``chip(name, multiprocessors)``: the GPU that launches are checked against."""
+    yield lambda name, count: library.selftest_chip(name.encode(), count)
+    assert library.selftest_chip(b"sm_90a", 4) == 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_grid_barrier(run, seed):
+    source, out = torch.arange(8, dtype=torch.float32), torch.full((16,), float("nan"))
+    assert run("grid_sum", source, out, seed) == ""
+    assert torch.equal(out, torch.cat([source, torch.full((8,), 28.0)]))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_missing_grid_barrier(run, seed):
+    """Some block sums up before another has written: NaN, whatever the order."""
+    out = torch.full((16,), float("nan"))
+    assert run("no_grid_barrier", torch.ones(8), out, seed) == ""
+    assert out[8:].isnan().any()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_grid_barrier_that_is_not_reached(run, seed):
+    assert "block (2, 0) has returned, other blocks wait at the grid barrier" in run("one_block_leaves", seed=seed)
+    assert "wait at different barriers" in run("half_block_at_grid_barrier", seed=seed)
+    error, lines = run("two_grid_barriers", seed=seed), [line_of("        sync_grid();", i) for i in (1, 2)]
+    assert "block (1, 0) waits at" in error and all(f"selftest.cu:{line}" in error for line in lines)
+    error = run("grid_barrier_in_an_ordinary_launch", seed=seed)
+    assert "a grid barrier in a launch that is not cooperative" in error
+
+
+def test_cooperative_launch_is_refused(run, chip):
+    def small():
+        return run("grid_sum", torch.ones(8), torch.empty(16))
+
+    assert "too many blocks for a cooperative launch, at most 2 on each of 4" in run("nine_blocks")
+    assert "at most 1 on each of 4 multiprocessors of sm_90a" in run("five_large_blocks")
+    assert run("four_large_blocks", torch.ones(4), torch.empty(8)) == "" and small() == ""
+    assert "232449 bytes of dynamic shared memory, at most 232448 on sm_90a" in run("block_too_large")
+    assert chip("sm_90a", 3) == 0 and "on each of 3" in small()
+    assert chip("sm_89", 4) == 0 and "122880 bytes of dynamic shared memory, at most 101376" in run("five_large_blocks")
+    assert small() == ""
+    assert chip("sm_75", 4) == chip("sm_90a", 0) == chip("sm_90a", 33) == 1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_dynamic_shared_memory(run, seed):
+    source, out = torch.full((1,), 100 * 1024 / 4), torch.empty(THREADS)
+    assert run("dynamic_memory", source, out, seed) == ""
+    assert torch.equal(out, (torch.arange(THREADS) + 1.0) % THREADS)
+    assert "race" in run("dynamic_memory_race", seed=seed)
+    assert "index" in (error := run("dynamic_memory_too_small", source, out, seed)) and "of 256 in the shared" in error
 
 
 # ---- the CUDA kernels on the emulator

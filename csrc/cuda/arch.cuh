@@ -29,6 +29,7 @@ struct alignas(8) Word2 {
 #include "../emulator/arch.h"
 #else
 
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -41,6 +42,10 @@ struct alignas(8) Word2 {
 #define DEVICE __device__ __forceinline__
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #define SHARED(T, name, n) __shared__ T name[n]
+// The block's dynamic shared memory as an array of T.
+#define DYNAMIC_SHARED(T, name)                       \
+    extern __shared__ uint4 fastres_dynamic_shared[]; \
+    T* const name = reinterpret_cast<T*>(fastres_dynamic_shared)
 
 namespace FASTRES_BACKEND {
 
@@ -50,6 +55,8 @@ DEVICE i64 block_y() { return blockIdx.y; }
 DEVICE i64 grid_x() { return gridDim.x; }
 
 DEVICE void sync_block() { __syncthreads(); }
+// All threads of all blocks of a cooperative launch; what any of them wrote before is seen by all after.
+DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 
 // Value held by the lane whose number differs in `lane_mask`; called by all 32 lanes.
 template <class T>
@@ -97,6 +104,13 @@ DEVICE void unpack_f16(u32 v, float& lo, float& hi) {
     hi = __half2float(__ushort_as_half(static_cast<unsigned short>(v >> 16)));
 }
 
+inline void require_launched(const char* name, i64 grid_x, i64 grid_y, cudaError_t error) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // reported here: must not surface a second time elsewhere
+    throw std::runtime_error(std::string("CUDA kernel ") + name + ", grid " + std::to_string(grid_x) + " x " +
+                             std::to_string(grid_y) + ": " + cudaGetErrorString(error));
+}
+
 // Starts grid_x x grid_y blocks of kThreads on stream `ctx`. Throws std::runtime_error when the launch is refused;
 // an error inside the kernel surfaces at the caller's next synchronisation, as with any CUDA kernel.
 template <class... P>
@@ -108,12 +122,29 @@ void launch(const char* name, void (*kernel)(P...), i64 grid_x, i64 grid_y, i64 
         error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
                                  dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y)), dim3(kThreads),
                                  params, 0, reinterpret_cast<cudaStream_t>(ctx));
-        if (error != cudaSuccess) cudaGetLastError();  // reported here: must not surface a second time elsewhere
     }
-    if (error != cudaSuccess) {
-        throw std::runtime_error(std::string("CUDA kernel ") + name + ", grid " + std::to_string(grid_x) + " x " +
-                                 std::to_string(grid_y) + ": " + cudaGetErrorString(error));
+    require_launched(name, grid_x, grid_y, error);
+}
+
+// The same for a kernel that calls sync_grid(): all blocks run at once, each with its own dynamic shared memory, or the
+// launch is refused. The kernel is a KERNEL(kBlocksPerMultiprocessor).
+template <int kBlocksPerMultiprocessor, class... P>
+void launch_cooperative(const char* name, void (*kernel)(P...), i64 grid_x, i64 grid_y, i64 shared_bytes, i64 ctx,
+                        std::common_type_t<P>... args) {
+    if (grid_x == 0 || grid_y == 0) return;
+    const void* const function = reinterpret_cast<const void*>(kernel);
+    cudaError_t error = cudaErrorInvalidConfiguration;
+    if (grid_x <= kMaxGridX && grid_y <= kMaxGridY) {
+        error =
+            cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     }
+    if (error == cudaSuccess) {
+        void* params[] = {static_cast<void*>(&args)...};
+        error = cudaLaunchCooperativeKernel(
+            function, dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y)), dim3(kThreads), params,
+            static_cast<std::size_t>(shared_bytes), reinterpret_cast<cudaStream_t>(ctx));
+    }
+    require_launched(name, grid_x, grid_y, error);
 }
 
 }  // namespace FASTRES_BACKEND

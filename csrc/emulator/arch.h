@@ -16,6 +16,7 @@
 #define SHARED(T, name, n)            \
     static const char name##_key = 0; \
     FASTRES_BACKEND::SharedView<T> name(&name##_key, n)
+#define DYNAMIC_SHARED(T, name) FASTRES_BACKEND::SharedView<T> name
 
 namespace FASTRES_BACKEND {
 
@@ -28,6 +29,7 @@ class SharedView {
   public:
     SharedView(const void* key, std::size_t n, Site site = Site::current())
         : array_(Machine::current().shared(key, sizeof(T), n, site)) {}
+    explicit SharedView(Site site = Site::current()) : array_(Machine::current().dynamic_shared(sizeof(T), site)) {}
 
     class Element {
       public:
@@ -63,6 +65,7 @@ inline i64 block_y() { return Machine::current().block_y(); }
 inline i64 grid_x() { return Machine::current().grid_x(); }
 
 inline void sync_block(Site site = Site::current()) { Machine::current().barrier(site); }
+inline void sync_grid(Site site = Site::current()) { Machine::current().grid_barrier(site); }
 
 template <class T>
 T shuffle_xor(T value, int lane_mask, Site site = Site::current()) {
@@ -139,7 +142,15 @@ inline void unpack_f16(u32 v, float& lo, float& hi) {
 // `ctx` seeds the order of blocks and threads.
 template <class... P>
 void launch(const char* name, void (*kernel)(P...), i64 grid_x, i64 grid_y, i64 ctx, std::common_type_t<P>... args) {
-    Machine::current().run(name, grid_x, grid_y, kThreads, static_cast<std::uint64_t>(ctx), [&] { kernel(args...); });
+    Machine::current().run(name, {grid_x, grid_y, kThreads}, static_cast<std::uint64_t>(ctx), [&] { kernel(args...); });
+}
+
+template <int kBlocksPerMultiprocessor, class... P>
+void launch_cooperative(const char* name, void (*kernel)(P...), i64 grid_x, i64 grid_y, i64 shared_bytes, i64 ctx,
+                        std::common_type_t<P>... args) {
+    Machine::current().run(name,
+                           {grid_x, grid_y, kThreads, static_cast<std::size_t>(shared_bytes), kBlocksPerMultiprocessor},
+                           static_cast<std::uint64_t>(ctx), [&] { kernel(args...); });
 }
 
 }  // namespace FASTRES_BACKEND

@@ -5,6 +5,8 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "chip.h"
+
 namespace fastres::emulator {
 
 namespace {
@@ -40,41 +42,71 @@ Machine& Machine::current() {
 }
 
 std::string Machine::where() const {
-    return std::string("emulated kernel ") + kernel_ + ", block (" + std::to_string(block_x_) + ", " +
-           std::to_string(block_y_) + ")";
+    return std::string("emulated kernel ") + kernel_ + ", block (" + std::to_string(block_->x) + ", " +
+           std::to_string(block_->y) + ")";
 }
 
 void Machine::fault(const std::string& what) const {
     throw std::runtime_error(where() + ", thread " + std::to_string(thread_) + ": " + what);
 }
 
-void Machine::shuffle(std::vector<int>& order) {
+template <class T>
+void Machine::shuffle(std::vector<T>& order) {
     for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[next(random_) % i]);
 }
 
-void Machine::run(const char* kernel, std::int64_t grid_x, std::int64_t grid_y, int threads, std::uint64_t seed,
-                  const std::function<void()>& body) {
-    if (grid_x == 0 || grid_y == 0) return;
-    if (grid_x < 0 || grid_x > kMaxGridX || grid_y < 0 || grid_y > kMaxGridY || threads < 1 || threads > kMaxThreads) {
-        throw std::runtime_error(std::string("emulated kernel ") + kernel + ", grid " + std::to_string(grid_x) + " x " +
-                                 std::to_string(grid_y) + ", " + std::to_string(threads) +
-                                 " threads: invalid configuration argument");
+void Machine::check_launch(const char* kernel, const Grid& grid) const {
+    const auto refuse = [&](const std::string& why) {
+        throw std::runtime_error(std::string("emulated kernel ") + kernel + ", grid " + std::to_string(grid.x) + " x " +
+                                 std::to_string(grid.y) + ", " + std::to_string(grid.threads) + " threads: " + why);
+    };
+    if (grid.x < 0 || grid.x > kMaxGridX || grid.y < 0 || grid.y > kMaxGridY || grid.threads < 1 ||
+        grid.threads > kMaxThreads) {
+        refuse("invalid configuration argument");
     }
+    const Chip& on = chip();
+    if (grid.shared_bytes > on.shared_per_block) {
+        refuse(std::to_string(grid.shared_bytes) + " bytes of dynamic shared memory, at most " +
+               std::to_string(on.shared_per_block) + " on " + on.name);
+    }
+    if (grid.blocks_per_multiprocessor == 0) return;
+    const std::int64_t resident =
+        std::min<std::int64_t>(grid.blocks_per_multiprocessor, on.resident_blocks(grid.threads, grid.shared_bytes));
+    if (grid.x * grid.y > resident * on.multiprocessors) {
+        refuse("too many blocks for a cooperative launch, at most " + std::to_string(resident) + " on each of " +
+               std::to_string(on.multiprocessors) + " multiprocessors of " + on.name);
+    }
+}
+
+// Stacks, threads and mail for so many blocks at once.
+void Machine::prepare(std::size_t blocks) {
+    const auto threads = static_cast<std::size_t>(grid_.threads), total = blocks * threads;
+    if (!stacks_ || pool_.size() < total) {
+        stacks_ = std::make_unique<Stacks>(static_cast<int>(total), kStackBytes);
+        pool_.clear();
+        pool_.resize(total);
+    }
+    order_.resize(threads);
+    std::iota(order_.begin(), order_.end(), 0);
+    blocks_.clear();
+    blocks_.resize(blocks);
+    for (std::size_t b = 0; b < blocks; ++b) {
+        blocks_[b].first = static_cast<int>(b * threads);
+        blocks_[b].threads = pool_.data() + b * threads;
+        blocks_[b].mail.assign((threads + kWarp - 1) / kWarp * 2 * kWarp, 0);
+    }
+}
+
+void Machine::run(const char* kernel, const Grid& grid, std::uint64_t seed, const std::function<void()>& body) {
+    if (grid.x == 0 || grid.y == 0) return;
+    check_launch(kernel, grid);
     if (busy_) throw std::logic_error(std::string(kernel) + ": launched from inside an emulated kernel");
     kernel_ = kernel;
     body_ = &body;
-    grid_x_ = grid_x;
+    grid_ = grid;
     random_ = seed;
-    if (!stacks_ || static_cast<int>(pool_.size()) < threads) {
-        stacks_ = std::make_unique<Stacks>(threads, kStackBytes);
-        pool_.clear();
-        pool_.resize(static_cast<std::size_t>(threads));
-    }
-    threads_ = threads;
-    mail_.assign(static_cast<std::size_t>((threads + kWarp - 1) / kWarp) * 2 * kWarp, 0);
-    order_.resize(static_cast<std::size_t>(threads));
-    std::iota(order_.begin(), order_.end(), 0);
-    arrays_.clear();
+    const auto blocks = static_cast<std::uint64_t>(grid.x * grid.y);
+    prepare(grid.blocks_per_multiprocessor ? blocks : 1);
 
     struct Busy {
         bool& flag;
@@ -82,104 +114,137 @@ void Machine::run(const char* kernel, std::int64_t grid_x, std::int64_t grid_y, 
         ~Busy() { flag = false; }
     } const guard(busy_);
 
+    if (grid.blocks_per_multiprocessor) {
+        for (std::uint64_t b = 0; b < blocks; ++b) begin(blocks_[b], b);
+        run_blocks();
+        return;
+    }
     // Blocks in random order too: a kernel may not count on a block that ran before it.
-    const auto blocks = static_cast<std::uint64_t>(grid_x * grid_y);
-    std::uint64_t step = 1;
+    std::uint64_t stride = 1;
     if (blocks > 2) {
         do {
-            step = next(random_) % blocks;
-        } while (std::gcd(step, blocks) != 1);
+            stride = next(random_) % blocks;
+        } while (std::gcd(stride, blocks) != 1);
     }
     std::uint64_t block = next(random_) % blocks;
     for (std::uint64_t i = 0; i < blocks; ++i) {
-        block_x_ = static_cast<std::int64_t>(block % static_cast<std::uint64_t>(grid_x));
-        block_y_ = static_cast<std::int64_t>(block / static_cast<std::uint64_t>(grid_x));
-        run_block();
-        block = (block + step) % blocks;
+        begin(blocks_[0], block);
+        run_blocks();
+        block = (block + stride) % blocks;
     }
 }
 
-void Machine::run_block() {
-    for (auto& [key, array] : arrays_) {
+void Machine::begin(Block& block, std::uint64_t number) {
+    block.x = static_cast<std::int64_t>(number % static_cast<std::uint64_t>(grid_.x));
+    block.y = static_cast<std::int64_t>(number / static_cast<std::uint64_t>(grid_.x));
+    block.phase = 1;
+    block.stuck = false;
+    for (auto& [key, array] : block.arrays) {
         std::fill(array->bytes.begin(), array->bytes.end(), kPoison);
         std::fill(array->trace.begin(), array->trace.end(), Trace{});
     }
-    phase_ = 1;
     error_.clear();
-    for (int t = 0; t < threads_; ++t) {
-        Thread& thread = pool_[static_cast<std::size_t>(t)];
+    for (int t = 0; t < grid_.threads; ++t) {
+        Thread& thread = block.threads[t];
         thread.state = State::kReady;
         thread.round = 0;
-        thread.fiber.start(&Machine::fiber_main, (*stacks_)[t], stacks_->bytes());
+        thread.fiber.start(&Machine::fiber_main, (*stacks_)[block.first + t], stacks_->bytes());
     }
+}
+
+void Machine::run_blocks() {
+    std::vector<Block*> order;
+    for (Block& block : blocks_) order.push_back(&block);
     do {
-        shuffle(order_);
-        for (const int t : order_) {
-            Thread& thread = pool_[static_cast<std::size_t>(t)];
-            if (thread.state != State::kReady) continue;
-            thread_ = t;
-            Fiber::switch_to(host_, thread.fiber);
-            if (!error_.empty()) throw std::runtime_error(error_);
+        for (bool moving = true; moving;) {
+            moving = false;
+            shuffle(order);
+            for (Block* const block : order) {
+                // Blocks of a cooperative grid drift apart by as much as their barriers allow.
+                std::uint64_t steps = blocks_.size() == 1 ? 1 : next(random_) % 4;
+                for (; steps && !block->stuck; --steps) block->stuck = !step(*block);
+                moving |= !block->stuck;
+            }
         }
-    } while (release());
+    } while (release_grid());
+}
+
+// Every thread of the block goes on to its next wait. False if all have returned or wait for the grid.
+bool Machine::step(Block& block) {
+    block_ = &block;
+    shuffle(order_);
+    for (const int t : order_) {
+        Thread& thread = block.threads[t];
+        if (thread.state != State::kReady) continue;
+        thread_ = t;
+        Fiber::switch_to(host_, thread.fiber);
+        if (!error_.empty()) throw std::runtime_error(error_);
+    }
+    return release();
 }
 
 void Machine::fiber_main() {
     Machine& machine = current();
-    const auto self = static_cast<std::size_t>(machine.thread_);
+    Thread& self = machine.block_->threads[machine.thread_];
     try {
         (*machine.body_)();
     } catch (const std::exception& e) {
         machine.error_ = e.what();
     }
-    machine.pool_[self].state = State::kDone;
-    Fiber::exit_to(machine.pool_[self].fiber, machine.host_);
+    self.state = State::kDone;
+    Fiber::exit_to(self.fiber, machine.host_);
 }
 
 void Machine::wait(State state, const char* kind, Site site) {
-    Thread& thread = pool_[static_cast<std::size_t>(thread_)];
+    // The scheduler sets block_ and thread_ again before it resumes this fiber.
+    Thread& thread = block_->threads[thread_];
     thread.state = state;
     thread.kind = kind;
     thread.site = site;
-    const int self = thread_;
     Fiber::switch_to(thread.fiber, host_);
-    thread_ = self;
 }
 
 void Machine::barrier(Site site) { wait(State::kBarrier, "sync_block", site); }
 
+void Machine::grid_barrier(Site site) {
+    if (!grid_.blocks_per_multiprocessor) fault("a grid barrier in a launch that is not cooperative, " + at(site));
+    wait(State::kGrid, "sync_grid", site);
+}
+
 const std::uint64_t* Machine::exchange(const char* kind, std::uint64_t value, Site site) {
     const int self = thread_;
-    const unsigned round = pool_[static_cast<std::size_t>(self)].round++;
+    const unsigned round = block_->threads[self].round++;
     std::uint64_t* const slots =
-        &mail_[static_cast<std::size_t>(self / kWarp * 2 + static_cast<int>(round % 2)) * kWarp];
+        &block_->mail[static_cast<std::size_t>(self / kWarp * 2 + static_cast<int>(round % 2)) * kWarp];
     slots[self % kWarp] = value;
     wait(State::kWarp, kind, site);
     return slots;
 }
 
-// Nobody can go on: wakes every warp whose lanes met at one collective, else the whole block at one barrier.
-// False when the block has finished. Throws where threads wait for others that will never come.
+// Nobody in the block can go on: wakes every warp whose lanes met at one collective, else the whole block at one
+// barrier. False when the block has finished or waits for the grid. Throws where threads wait for others that will
+// never come.
 bool Machine::release() {
     bool woken = false;
     int waiting = 0, done = 0;
     const Thread* first = nullptr;
-    for (int w = 0; w < threads_; w += kWarp) {
-        const int last = std::min(w + kWarp, threads_);
-        const auto begin = pool_.begin() + w, end = pool_.begin() + last;
+    for (int w = 0; w < grid_.threads; w += kWarp) {
+        const int last = std::min(w + kWarp, grid_.threads);
+        Thread* const begin = block_->threads + w;
+        Thread* const end = block_->threads + last;
         if (std::any_of(begin, end, [](const Thread& t) { return t.state == State::kWarp; })) {
             check_warp(w, last);
             std::for_each(begin, end, [](Thread& t) { t.state = State::kReady; });
             woken = true;
             continue;
         }
-        for (auto t = begin; t != end; ++t) {
+        for (Thread* t = begin; t != end; ++t) {
             if (t->state == State::kDone) {
                 ++done;
                 continue;
             }
             ++waiting;
-            if (!first) first = &*t;
+            if (!first) first = t;
             if (!same(first->site, t->site)) {
                 throw std::runtime_error(where() + ": threads of one block wait at different barriers, " +
                                          at(first->site) + " and " + at(t->site));
@@ -192,19 +257,43 @@ bool Machine::release() {
         throw std::runtime_error(where() + ": " + std::to_string(waiting) + " threads wait at the barrier " +
                                  at(first->site) + ", " + std::to_string(done) + " have returned");
     }
-    for (int t = 0; t < threads_; ++t) pool_[static_cast<std::size_t>(t)].state = State::kReady;
-    ++phase_;
+    if (first->state == State::kGrid) return false;
+    for (int t = 0; t < grid_.threads; ++t) block_->threads[t].state = State::kReady;
+    ++block_->phase;
+    return true;
+}
+
+// Every block is stuck. False when all have finished.
+bool Machine::release_grid() {
+    const Block* waiting = nullptr;
+    for (const Block& block : blocks_) {
+        if (block.threads[0].state == State::kGrid && !waiting) waiting = &block;
+    }
+    if (!waiting) return false;
+    for (Block& block : blocks_) {
+        const Thread& thread = block.threads[0];
+        if (thread.state == State::kGrid && same(thread.site, waiting->threads[0].site)) continue;
+        block_ = &block;
+        throw std::runtime_error(
+            where() + (thread.state == State::kGrid ? " waits at " + at(thread.site) : std::string(" has returned")) +
+            ", other blocks wait at the grid barrier " + at(waiting->threads[0].site));
+    }
+    for (Block& block : blocks_) {
+        for (int t = 0; t < grid_.threads; ++t) block.threads[t].state = State::kReady;
+        block.stuck = false;
+        ++block.phase;
+    }
     return true;
 }
 
 void Machine::check_warp(int first, int last) const {
     const Thread* waiting = nullptr;
     for (int t = first; t < last; ++t) {
-        const Thread& thread = pool_[static_cast<std::size_t>(t)];
+        const Thread& thread = block_->threads[t];
         if (thread.state == State::kWarp && !waiting) waiting = &thread;
     }
     for (int t = first; t < last; ++t) {
-        const Thread& thread = pool_[static_cast<std::size_t>(t)];
+        const Thread& thread = block_->threads[t];
         if (thread.state == State::kWarp && same(thread.site, waiting->site)) continue;
         std::string elsewhere = "has returned";
         if (thread.state != State::kDone) elsewhere = std::string("waits at ") + thread.kind + " " + at(thread.site);
@@ -216,21 +305,37 @@ void Machine::check_warp(int first, int last) const {
 
 SharedArray& Machine::shared(const void* key, std::size_t element, std::size_t count, Site site) {
     std::size_t total = 0;
-    for (auto& [known, array] : arrays_) {
+    for (auto& [known, array] : block_->arrays) {
         if (known == key) return *array;
-        total += array->bytes.size();
+        if (known) total += array->bytes.size();
     }
-    if (total + element * count > kStaticSharedLimit) {
-        fault("static shared memory " + std::to_string(total + element * count) + " bytes, at most " +
+    total += element * count;
+    // A null key is the dynamic memory, which the launch was checked for.
+    if (key && total > kStaticSharedLimit) {
+        fault("static shared memory " + std::to_string(total) + " bytes, at most " +
               std::to_string(kStaticSharedLimit) + " (" + at(site) + ")");
+    }
+    if (key && total + grid_.shared_bytes > chip().shared_per_block) {
+        fault("shared memory " + std::to_string(total) + " bytes static, " + std::to_string(grid_.shared_bytes) +
+              " dynamic, at most " + std::to_string(chip().shared_per_block) + " on " + chip().name + " (" + at(site) +
+              ")");
     }
     auto array = std::make_unique<SharedArray>();
     array->bytes.assign(element * count, kPoison);
     array->trace.assign(count, Trace{});
     array->element = element;
     array->site = site;
-    arrays_.emplace_back(key, std::move(array));
-    return *arrays_.back().second;
+    block_->arrays.emplace_back(key, std::move(array));
+    return *block_->arrays.back().second;
+}
+
+SharedArray& Machine::dynamic_shared(std::size_t element, Site site) {
+    SharedArray& array = shared(nullptr, element, grid_.shared_bytes / element, site);
+    if (array.element != element) {
+        fault("dynamic shared memory in elements of " + std::to_string(array.element) + " and of " +
+              std::to_string(element) + " bytes (" + at(array.site) + ", " + at(site) + ")");
+    }
+    return array;
 }
 
 void Machine::on_read(SharedArray& array, std::size_t i) {
@@ -239,12 +344,12 @@ void Machine::on_read(SharedArray& array, std::size_t i) {
               at(array.site));
     }
     Trace& t = array.trace[i];
-    if (t.written_at == phase_ && t.writer != thread_) {
+    if (t.written_at == block_->phase && t.writer != thread_) {
         fault("race: reads element " + std::to_string(i) + " of the shared array of " + at(array.site) +
               ", which thread " + std::to_string(t.writer) + " wrote since the last barrier");
     }
-    t.reader = t.read_at == phase_ && t.reader != thread_ ? kMany : thread_;
-    t.read_at = phase_;
+    t.reader = t.read_at == block_->phase && t.reader != thread_ ? kMany : thread_;
+    t.read_at = block_->phase;
 }
 
 void Machine::on_write(SharedArray& array, std::size_t i) {
@@ -253,16 +358,16 @@ void Machine::on_write(SharedArray& array, std::size_t i) {
               at(array.site));
     }
     Trace& t = array.trace[i];
-    if (t.written_at == phase_ && t.writer != thread_) {
+    if (t.written_at == block_->phase && t.writer != thread_) {
         fault("race: writes element " + std::to_string(i) + " of the shared array of " + at(array.site) +
               ", which thread " + std::to_string(t.writer) + " wrote since the last barrier");
     }
-    if (t.read_at == phase_ && t.reader != thread_) {
+    if (t.read_at == block_->phase && t.reader != thread_) {
         fault("race: writes element " + std::to_string(i) + " of the shared array of " + at(array.site) +
               ", which another thread read since the last barrier");
     }
     t.writer = thread_;
-    t.written_at = phase_;
+    t.written_at = block_->phase;
 }
 
 }  // namespace fastres::emulator

@@ -1,7 +1,8 @@
-// One block of CUDA threads on one OS thread: lock-step at barriers and warp collectives, every fault an error.
+// Blocks of CUDA threads on one OS thread: lock-step at barriers and warp collectives, every fault an error.
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <source_location>
 #include <string>
 #include <vector>
@@ -25,28 +26,40 @@ struct SharedArray {
     Site site;
 };
 
+// Size of a launch. shared_bytes: dynamic shared memory of a block.
+struct Grid {
+    std::int64_t x, y;
+    int threads;
+    std::size_t shared_bytes = 0;
+    int blocks_per_multiprocessor = 0;  // cooperative launch: what the kernel's registers allow; 0: an ordinary one
+};
+
 class Machine {
   public:
     // The machine of the calling OS thread.
     static Machine& current();
 
-    // Runs `body` once for each thread of each block, in an order drawn from `seed`. Throws std::runtime_error, with
-    // kernel, block and source line, on: a barrier or warp collective that part of the threads never reach or reach
-    // elsewhere, a race or an index out of range in shared memory, a misaligned access, a grid CUDA would refuse.
-    void run(const char* kernel, std::int64_t grid_x, std::int64_t grid_y, int threads, std::uint64_t seed,
-             const std::function<void()>& body);
+    // Runs `body` once for each thread of each block, in an order drawn from `seed`: block after block, or all blocks
+    // interleaved where the launch is cooperative. Throws std::runtime_error, with kernel, block and source line, on: a
+    // barrier or warp collective that part of the threads never reach or reach elsewhere, a race or an index out of
+    // range in shared memory, a misaligned access, a launch that `chip()` would refuse.
+    void run(const char* kernel, const Grid& grid, std::uint64_t seed, const std::function<void()>& body);
 
     int thread() const { return thread_; }
-    std::int64_t block_x() const { return block_x_; }
-    std::int64_t block_y() const { return block_y_; }
-    std::int64_t grid_x() const { return grid_x_; }
+    std::int64_t block_x() const { return block_->x; }
+    std::int64_t block_y() const { return block_->y; }
+    std::int64_t grid_x() const { return grid_.x; }
 
     void barrier(Site site);
+    // All threads of all blocks of a cooperative launch.
+    void grid_barrier(Site site);
     // Publishes 8 bytes, waits for the warp, and returns the 32 values published; `kind` names the collective.
     const std::uint64_t* exchange(const char* kind, std::uint64_t value, Site site);
 
     // The array behind one SHARED declaration: same `key`, same memory for every thread of the block.
     SharedArray& shared(const void* key, std::size_t element, std::size_t count, Site site);
+    // The block's dynamic shared memory, in elements of this size.
+    SharedArray& dynamic_shared(std::size_t element, Site site);
     void on_read(SharedArray& array, std::size_t i);
     void on_write(SharedArray& array, std::size_t i);
 
@@ -54,7 +67,7 @@ class Machine {
     [[noreturn]] void fault(const std::string& what) const;
 
   private:
-    enum class State { kReady, kBarrier, kWarp, kDone };
+    enum class State { kReady, kBarrier, kWarp, kGrid, kDone };
     struct Thread {
         Fiber fiber;
         State state = State::kReady;
@@ -62,28 +75,43 @@ class Machine {
         Site site;
         unsigned round = 0;  // warp collectives so far: the exchange buffer is double
     };
+    struct Block {
+        std::int64_t x = 0, y = 0;
+        Thread* threads = nullptr;
+        int first = 0;  // its first stack
+        std::uint64_t phase = 1;
+        bool stuck = false;               // every thread has returned or waits for the grid
+        std::vector<std::uint64_t> mail;  // [warps][2][32]
+        std::vector<std::pair<const void*, std::unique_ptr<SharedArray>>> arrays;
+    };
 
     static void fiber_main();
-    void run_block();
+    void check_launch(const char* kernel, const Grid& grid) const;
+    void prepare(std::size_t blocks);
+    void begin(Block& block, std::uint64_t number);
+    void run_blocks();
+    bool step(Block& block);
     void wait(State state, const char* kind, Site site);
-    void shuffle(std::vector<int>& order);
+    template <class T>
+    void shuffle(std::vector<T>& order);
     bool release();
+    bool release_grid();
     void check_warp(int first, int last) const;
     std::string where() const;
 
     const char* kernel_ = nullptr;
     const std::function<void()>* body_ = nullptr;
-    std::int64_t block_x_ = 0, block_y_ = 0, grid_x_ = 0;
-    int threads_ = 0, thread_ = 0;
-    std::uint64_t random_ = 0, phase_ = 0;
+    Grid grid_{};
+    int thread_ = 0;
+    std::uint64_t random_ = 0;
     bool busy_ = false;
     std::string error_;
     Fiber host_;
     std::unique_ptr<Stacks> stacks_;
     std::vector<Thread> pool_;
     std::vector<int> order_;
-    std::vector<std::uint64_t> mail_;  // [warps][2][32]
-    std::vector<std::pair<const void*, std::unique_ptr<SharedArray>>> arrays_;
+    std::vector<Block> blocks_;  // those that run at once
+    Block* block_ = nullptr;
 };
 
 }  // namespace fastres::emulator

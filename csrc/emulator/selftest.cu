@@ -1,5 +1,6 @@
 // Kernels with planted faults, and sound ones, for tests/test_emulator.py. Not part of any module.
 #include "../cuda/arch.cuh"
+#include "chip.h"
 
 #include <cstdio>
 #include <cstring>
@@ -134,10 +135,75 @@ round_trip(const float* in, float* out) {
 KERNEL(1)
 nothing(const float*, float*) {}
 
+// ---- cooperative grids: out [blocks + blocks] partial sums, then in every block's place the sum of all
+
+DEVICE void total_of_all(float* out) {
+    if (thread_index()) return;
+    float total = 0;
+    for (i64 b = 0; b < grid_x(); ++b) total += out[b];
+    out[grid_x() + block_x()] = total;
+}
+
+KERNEL(2)
+grid_sum(const float* in, float* out) {
+    if (thread_index() == 0) out[block_x()] = in[block_x()];
+    sync_grid();
+    total_of_all(out);
+}
+
+KERNEL(2)
+no_grid_barrier(const float* in, float* out) {
+    if (thread_index() == 0) out[block_x()] = in[block_x()];
+    sync_block();
+    total_of_all(out);
+}
+
+KERNEL(2)
+one_block_leaves(const float*, float*) {
+    if (block_x() == 2) return;
+    sync_grid();
+}
+
+KERNEL(2)
+half_block_at_grid_barrier(const float*, float*) {
+    if (thread_index() < kThreads / 2) {
+        sync_grid();
+    } else {
+        sync_block();
+    }
+}
+
+KERNEL(2)
+two_grid_barriers(const float*, float*) {
+    if (block_x() == 0) {
+        sync_grid();
+    } else {
+        sync_grid();
+    }
+}
+
+// Thread t writes the last word but t of the dynamic memory, and reads its neighbour's.
+KERNEL(2)
+dynamic_memory(const float* in, float* out) {
+    DYNAMIC_SHARED(float, value);
+    const int last = static_cast<int>(in[0]) - 1;
+    value[last - thread_index()] = static_cast<float>(thread_index());
+    sync_block();
+    out[thread_index()] = value[last - (thread_index() + 1) % kThreads];
+}
+
+KERNEL(2)
+dynamic_memory_race(const float* in, float* out) {
+    DYNAMIC_SHARED(float, value);
+    value[thread_index()] = in[0];
+    out[thread_index()] = value[(thread_index() + 1) % kThreads];
+}
+
 struct Test {
     const char* name;
     void (*kernel)(const float*, float*);
     i64 grid_x, grid_y;
+    i64 shared_bytes = -1;  // cooperative where given
 };
 
 constexpr Test kTests[] = {
@@ -159,6 +225,19 @@ constexpr Test kTests[] = {
     {"grid_too_wide", nothing, i64{1} << 31, 1},
     {"grid_too_high", nothing, 1, 65536},
     {"empty_grid", out_of_range, 0, 1},
+    {"grid_sum", grid_sum, 8, 1, 0},
+    {"no_grid_barrier", no_grid_barrier, 8, 1, 0},
+    {"one_block_leaves", one_block_leaves, 8, 1, 0},
+    {"half_block_at_grid_barrier", half_block_at_grid_barrier, 2, 1, 0},
+    {"two_grid_barriers", two_grid_barriers, 2, 1, 0},
+    {"grid_barrier_in_an_ordinary_launch", grid_sum, 1, 1},
+    {"nine_blocks", grid_sum, 9, 1, 0},
+    {"five_large_blocks", grid_sum, 5, 1, 120 * 1024},
+    {"four_large_blocks", grid_sum, 4, 1, 120 * 1024},
+    {"block_too_large", grid_sum, 1, 1, 227 * 1024 + 1},
+    {"dynamic_memory", dynamic_memory, 1, 1, 100 * 1024},
+    {"dynamic_memory_race", dynamic_memory_race, 1, 1, 4 * kThreads},
+    {"dynamic_memory_too_small", dynamic_memory, 1, 1, 4 * kThreads},
 };
 
 }  // namespace
@@ -172,7 +251,12 @@ extern "C" __attribute__((visibility("default"))) int selftest(const char* name,
     for (const Test& test : kTests) {
         if (std::strcmp(test.name, name) != 0) continue;
         try {
-            launch(test.name, test.kernel, test.grid_x, test.grid_y, seed, in, out);
+            if (test.shared_bytes < 0) {
+                launch(test.name, test.kernel, test.grid_x, test.grid_y, seed, in, out);
+            } else {
+                launch_cooperative<2>(test.name, test.kernel, test.grid_x, test.grid_y, test.shared_bytes, seed, in,
+                                      out);
+            }
             return 0;
         } catch (const std::exception& e) {
             std::snprintf(message, size, "%s", e.what());
@@ -180,4 +264,13 @@ extern "C" __attribute__((visibility("default"))) int selftest(const char* name,
         }
     }
     return 2;
+}
+
+extern "C" __attribute__((visibility("default"))) int selftest_chip(const char* name, int multiprocessors) {
+    try {
+        fastres::emulator::set_chip(name, multiprocessors);
+        return 0;
+    } catch (const std::invalid_argument&) {
+        return 1;
+    }
 }
