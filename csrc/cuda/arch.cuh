@@ -29,7 +29,6 @@ struct alignas(8) Word2 {
 #include "../emulator/arch.h"
 #else
 
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -55,8 +54,6 @@ DEVICE i64 block_y() { return blockIdx.y; }
 DEVICE i64 grid_x() { return gridDim.x; }
 
 DEVICE void sync_block() { __syncthreads(); }
-// All threads of all blocks of a cooperative launch; what any of them wrote before is seen by all after.
-DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 
 // Value held by the lane whose number differs in `lane_mask`; called by all 32 lanes.
 template <class T>
@@ -126,8 +123,8 @@ void launch(const char* name, void (*kernel)(P...), i64 grid_x, i64 grid_y, i64 
     require_launched(name, grid_x, grid_y, error);
 }
 
-// The same for a kernel that calls sync_grid(): all blocks run at once, each with its own dynamic shared memory, or the
-// launch is refused. The kernel is a KERNEL(kBlocksPerMultiprocessor).
+// The same for a kernel that calls sync_grid() (grid.cuh): all blocks run at once, each with its own dynamic shared
+// memory, or the launch is refused. The kernel is a KERNEL(kBlocksPerMultiprocessor).
 template <int kBlocksPerMultiprocessor, class... P>
 void launch_cooperative(const char* name, void (*kernel)(P...), i64 grid_x, i64 grid_y, i64 shared_bytes, i64 ctx,
                         std::common_type_t<P>... args) {

@@ -1,22 +1,16 @@
 // Batch normalisation, forward: per-tile statistics, their merge, and one pass normalise + residual + ReLU.
-#include "affine.cuh"
+#include "batch_norm.cuh"
 
 namespace FASTRES_BACKEND {
 
-// Rows whose mean and M2 are taken exactly before they join the running ones.
-template <class T>
-constexpr int kChunkRows = 8 / static_cast<int>(sizeof(T));
-
-// part [3, T, C]. Everything is measured from the tile's first row, so that a large common mean costs no digits.
+// part [3, T, C]
 template <class T, class A>
 KERNEL(2)
 bn_stats_kernel(Rows s, const T* x, float* part) {
     constexpr int kChunk = kChunkRows<T>;
     SHARED(float, shared, 2 * kTile);
     const Place at = place(s);
-    float pivot[kVec] = {}, mean[kVec] = {}, m2[kVec] = {};
-    if (at.n > 0) unpack(load_pack<A, false>(x + (at.lo - at.y) * s.C + at.c, at.valid), pivot);
-    float count = 0;
+    Moments moments = start_moments<A>(s, at, x);
     for (i64 i = 0; i < at.n; i += kChunk) {
         const int rows = static_cast<int>(least<i64>(at.n - i, kChunk));
         Pack<T> raw[kChunk];
@@ -24,109 +18,15 @@ bn_stats_kernel(Rows s, const T* x, float* part) {
         for (int u = 0; u < kChunk; ++u) {
             if (u < rows) raw[u] = load_pack<A, false>(x + (at.lo + (i + u) * s.depth) * s.C + at.c, at.valid);
         }
-        float d[kChunk][kVec], sum[kVec] = {}, square[kVec] = {};
-#pragma unroll
-        for (int u = 0; u < kChunk; ++u) {
-            if (u < rows) {
-                unpack(raw[u], d[u]);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    d[u][j] -= pivot[j];
-                    sum[j] += d[u][j];
-                }
-            }
-        }
-        const float inverse = 1.0f / static_cast<float>(rows);
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) sum[j] *= inverse;
-#pragma unroll
-        for (int u = 0; u < kChunk; ++u) {
-            if (u < rows) {
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    const float e = d[u][j] - sum[j];
-                    square[j] = fused(e, e, square[j]);
-                }
-            }
-        }
-        // Chan's merge of (rows, sum, square) into (count, mean, m2).
-        const float joined = count + static_cast<float>(rows);
-        const float share = static_cast<float>(rows) / joined;
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) {
-            const float delta = sum[j] - mean[j];
-            mean[j] = fused(delta, share, mean[j]);
-            m2[j] += fused(delta * delta, count * share, square[j]);
-        }
-        count = joined;
+        moments.join(raw, rows);
     }
-    put(shared, 0, mean);
-    put(shared, 1, m2);
-    sync_block();
-
-    i64 c;
-    if (!owns_channel(s, c)) return;
-    // Rows y, y + depth, ... of the tile were counted by y: the first `longer` of them hold one row more.
-    const int used = static_cast<int>(least<i64>(at.tile_rows, s.depth));
-    const i64 shorter = at.tile_rows / s.depth, longer = at.tile_rows % s.depth;
-    const float total = static_cast<float>(at.tile_rows);
-    float centre = 0, spread = 0;
-    for (int y = 0; y < used; ++y) {
-        const float n = static_cast<float>(shorter + (y < longer));
-        centre = fused(n, get(shared, 0, y, s.lanes), centre);
-    }
-    if (used) centre /= total;
-    for (int y = 0; y < used; ++y) {
-        const float n = static_cast<float>(shorter + (y < longer));
-        const float delta = get(shared, 0, y, s.lanes) - centre;
-        spread += fused(delta * delta, n, get(shared, 1, y, s.lanes));
-    }
-    float first[kVec] = {};
-    if (used) unpack(load_pack<Scalar, false>(x + (at.lo - at.y) * s.C + c, 1), first);
-    const i64 tile = block_x() * s.C + c, plane = s.blocks * s.C;
-    part[tile] = total;
-    part[tile + plane] = first[0] + centre;
-    part[tile + 2 * plane] = spread;
-}
-
-// Writes the five planes of `stat` at channel c from float64 statistics.
-DEVICE void write_stat(double mean, double variance, const float* weight, const float* bias, double eps, i64 c, i64 C,
-                       float* stat) {
-    const double invstd = 1.0 / root(variance + eps);
-    stat[kMean * C + c] = static_cast<float>(mean);
-    stat[kVariance * C + c] = static_cast<float>(variance);
-    stat[kInvstd * C + c] = static_cast<float>(invstd);
-    stat[kScale * C + c] = static_cast<float>(weight ? static_cast<double>(weight[c]) * invstd : invstd);
-    stat[kBias * C + c] = bias ? bias[c] : 0.0f;
+    write_moments(s, at, shared, moments, x, part);
 }
 
 KERNEL(2)
 bn_finalize_kernel(const float* part, i64 T, i64 C, const float* weight, const float* bias, double eps, float* stat) {
     SHARED(double, shared, kWarps* kFinalChannels);
-    const i64 c = block_x() * kFinalChannels + thread_index() % kFinalChannels;
-    const i64 length = ceil_div(T, kRuns), begin = thread_index() / kFinalChannels * length;
-    const i64 end = c < C ? least(begin + length, T) : 0;
-    const float* const counts = part + c;
-    const float* const means = counts + T * C;
-    const float* const m2s = means + T * C;
-
-    double count = 0, sum = 0;
-#pragma unroll 4
-    for (i64 t = begin; t < end; ++t) {
-        const double n = counts[t * C];
-        count += n;
-        sum = fused(n, static_cast<double>(means[t * C]), sum);
-    }
-    count = sum_runs(shared, count);
-    const double mean = sum_runs(shared, sum) / count;
-    double m2 = 0;
-#pragma unroll 4
-    for (i64 t = begin; t < end; ++t) {
-        const double delta = means[t * C] - mean;
-        m2 += fused(delta * delta, static_cast<double>(counts[t * C]), static_cast<double>(m2s[t * C]));
-    }
-    m2 = sum_runs(shared, m2);
-    if (c < C && thread_index() < kFinalChannels) write_stat(mean, m2 / count, weight, bias, eps, c, C, stat);
+    finalize_stat(shared, block_x() * kFinalChannels, part, T, C, weight, bias, eps, stat);
 }
 
 KERNEL(2)
@@ -160,21 +60,7 @@ bn_apply_kernel(Rows s, const T* x, const float* stat, const T* residual, const 
         for (int u = 0; u < kUnroll<T, A>; ++u) {
             if (u < i) {
                 const i64 row = at.lo + (i - 1 - u) * s.depth;
-                float v[kVec];
-                unpack(xs[u], v);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) v[j] = bn(v[j], j);
-                if constexpr (kHasResidual<R>) {
-                    float r[kVec];
-                    unpack(rs[u], r);
-#pragma unroll
-                    for (int j = 0; j < kVec; ++j) v[j] += kHasResidualBn<R> ? rbn(r[j], j) : r[j];
-                }
-                Pack<T> result = pack<T>(v);
-                const u32 bits = passed(result);
-                if (relu) result = keep(result, bits);
-                store_pack<A>(out + row * s.C + at.c, result, at.valid);
-                if (mask) mask[row * s.groups + at.group] = static_cast<u8>(bits & valid_bits(at));
+                apply_row<A, R>(s, at, row, bn, xs[u], rbn, rs[u], relu, out, mask);
             }
         }
     }

@@ -1,30 +1,7 @@
 // Batch normalisation, backward: masked sums in one pass, coefficients in float64, gradients in a second pass.
-#include "affine.cuh"
+#include "batch_norm.cuh"
 
 namespace FASTRES_BACKEND {
-
-namespace {
-
-// The mask must be stored where it cannot be recomputed from x and stat alone.
-bool recomputes(const char* name, int relu, const u8* mask, const void* residual) {
-    const bool missing = relu && !mask;
-    if (missing && residual) {
-        throw std::invalid_argument(std::string(name) + ": relu with a residual needs a mask, got a null mask");
-    }
-    return missing;
-}
-
-}  // namespace
-
-// Bits of the ReLU of bn(x), of the value as rounded to T.
-template <class T>
-DEVICE u32 relu_bits(const Affine& bn, const float (&x)[kVec], Pack<T>& rounded) {
-    float v[kVec];
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) v[j] = bn(x[j], j);
-    rounded = pack<T>(v);
-    return passed(rounded);
-}
 
 // part [2 or 3, T, C]
 template <class T, class A, class M, class R>
@@ -98,27 +75,7 @@ KERNEL(2)
 bn_bwd_finalize_kernel(const float* part, i64 plane, i64 T, i64 M, i64 C, const float* stat, int batch_stats,
                        float* dweight, float* dbias, float* coef) {
     SHARED(double, shared, kWarps* kFinalChannels);
-    const i64 c = block_x() * kFinalChannels + thread_index() % kFinalChannels;
-    const i64 length = ceil_div(T, kRuns), begin = thread_index() / kFinalChannels * length;
-    const i64 end = c < C ? least(begin + length, T) : 0;
-    const float* const gs = part + c;
-    const float* const gxs = gs + plane * T * C;
-    double sum_g = 0, sum_gx = 0;
-#pragma unroll 4
-    for (i64 t = begin; t < end; ++t) {
-        sum_g += gs[t * C];
-        sum_gx += gxs[t * C];
-    }
-    sum_g = sum_runs(shared, sum_g);
-    sum_gx = sum_runs(shared, sum_gx);
-    if (c >= C || thread_index() >= kFinalChannels) return;
-    const double invstd = stat[kInvstd * C + c], scale = stat[kScale * C + c];
-    if (dweight) dweight[c] = static_cast<float>(sum_gx * invstd);
-    if (dbias) dbias[c] = static_cast<float>(sum_g);
-    const double share = -scale / static_cast<double>(M);
-    coef[c] = static_cast<float>(scale);
-    coef[C + c] = batch_stats ? static_cast<float>(share * invstd * invstd * sum_gx) : 0.0f;
-    coef[2 * C + c] = batch_stats ? static_cast<float>(share * sum_g) : 0.0f;
+    finalize_coef(shared, block_x() * kFinalChannels, part, plane, T, M, C, stat, batch_stats, dweight, dbias, coef);
 }
 
 template <class T, class A, class M, class R>

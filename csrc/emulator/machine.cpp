@@ -320,6 +320,12 @@ SharedArray& Machine::shared(const void* key, std::size_t element, std::size_t c
               " dynamic, at most " + std::to_string(chip().shared_per_block) + " on " + chip().name + " (" + at(site) +
               ")");
     }
+    // CUDA knows the static part when it counts the blocks of a cooperative grid; here it comes to light one by one.
+    if (key && grid_.blocks_per_multiprocessor) {
+        Grid whole = grid_;
+        whole.shared_bytes += total;
+        check_launch(kernel_, whole);
+    }
     auto array = std::make_unique<SharedArray>();
     array->bytes.assign(element * count, kPoison);
     array->trace.assign(count, Trace{});

@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from fastres.backends import native
+from fastres.backends import native, one_pass
 from fastres.backends.trusted import Trusted, current_device, current_stream, elsewhere, native_functions
 
 #: Oldest GPU the kernels are compiled for by default (docs/kernels/cuda.md).
@@ -32,7 +32,7 @@ def _tiles(M: int, C: int) -> int:
     return max(1, min(-(-_BLOCKS // channel_blocks), -(-M // rows)))
 
 
-class _Kernels(native.Launcher):
+class _Kernels(one_pass.Launcher, native.Launcher):
     """Launch functions of one compiled module; the signatures are those of ``reference.py``."""
 
     def __init__(self, name: str, module: str, device_type: str):
@@ -95,6 +95,9 @@ class _Cuda(_Kernels):
             return "compute capability {}.{} or later is needed, got {}.{}".format(*MIN_CAPABILITY, *capability)
         return ""
 
+    def chip(self, device: torch.device) -> one_pass.Chip:
+        return one_pass.chip_of(device.index)
+
     def invoke(self, fn: str, device: torch.device, *args) -> None:
         # The module's own CUDA runtime launches into the context that is current on this thread.
         if device.index == current_device():
@@ -117,6 +120,9 @@ class _Emulator(_Kernels):
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"set_seed: seed must be an integer in [0, 2**63), got {seed!r}")
         self._seed = seed
+
+    def chip(self, device: torch.device) -> one_pass.Chip:
+        return one_pass.Chip(**self.module.chip())
 
     def _ctx(self, device: torch.device) -> int:
         return self._seed

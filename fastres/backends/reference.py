@@ -170,6 +170,21 @@ def bn_bwd_apply(grad, x, M, C, stat, coef, residual, rstat, rcoef, mask, relu, 
         rows(dres, M, C).copy_(r)
 
 
+# ---- batch_norm_act in one launch (csrc/cuda/launch_cuda.h)
+
+
+def bn_one_pass_fwd(x, M, C, weight, bias, eps, residual, rstat, relu, T, part, stat, out, mask):
+    bn_stats(x, M, C, T, part)
+    bn_finalize(part, T, C, weight, bias, eps, stat)
+    bn_apply(x, M, C, stat, residual, rstat, relu, out, mask)
+
+
+def bn_one_pass_bwd(grad, x, M, C, stat, mask, relu, batch_stats, T, part, dweight, dbias, coef, dx, dres, y):
+    bn_bwd_reduce(grad, x, M, C, stat, None, None, mask, relu, T, part, y)
+    bn_bwd_finalize(part, 1, T, M, C, stat, batch_stats, dweight, dbias, coef)
+    bn_bwd_apply(grad, x, M, C, stat, coef, None, None, None, mask, relu, dx, dres)
+
+
 # ---- conv_bn_act
 
 

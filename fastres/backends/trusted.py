@@ -34,6 +34,12 @@ SIGNATURES = {
     "stem_bwd_apply": "grad* idx* x* N H W C stat* coef* P Q k stride pad dx*",
 }
 
+#: The same for what the CUDA sources offer beside them (``csrc/cuda/launch_cuda.h``).
+CUDA_SIGNATURES = {
+    "bn_one_pass_fwd": "x* M C weight? bias? eps residual? rstat? relu T part* stat* out* mask?",
+    "bn_one_pass_bwd": "grad* x* M C stat* mask? relu batch_stats T part* dweight? dbias? coef* dx* dres? y?",
+}
+
 #: Stands for the address of an empty tensor, which torch reports as 0: it is not an absent argument.
 EMPTY = 256
 
@@ -89,7 +95,8 @@ def native_functions(module, ctx: Callable | None) -> dict[str, Callable]:
     scope = {"code": DTYPE_CODE, "ctx": ctx}
     scope |= {"stream": _raw_stream or current_stream, "current": _device or current_device, "elsewhere": elsewhere}
     found = {}
-    for name, signature in SIGNATURES.items():
+    offered = {n: signature for n, signature in CUDA_SIGNATURES.items() if hasattr(module, n)}
+    for name, signature in {**SIGNATURES, **offered}.items():
         fields, first = parameters(signature), first_tensor(signature)
         names = ", ".join(field for field, _ in fields)
         addresses = ", ".join(_address(*field) for field in fields)

@@ -1,0 +1,13 @@
+// Python entries of launch_cuda.h, for the GPU's module and the emulator's.
+#pragma once
+#include "../bindings.h"
+#include "launch_cuda.h"
+
+namespace FASTRES_BACKEND {
+
+inline void cuda_entries(pybind11::module_& m) {
+    ENTRY(bn_one_pass_fwd);
+    ENTRY(bn_one_pass_bwd);
+}
+
+}  // namespace FASTRES_BACKEND

@@ -1,0 +1,24 @@
+// Launch functions that only the CUDA sources offer; conventions as in ../launch.h.
+#pragma once
+#include "../launch.h"
+
+namespace FASTRES_BACKEND {
+
+// ---- batch_norm_act in one launch: a cooperative grid of T x ceil(C/256) blocks keeps the tensor on chip between its
+// statistics and its map. The same bits as the separate launches with the same T. Throws where the GPU cannot hold all
+// blocks, with what they keep, at once (fastres/backends/one_pass.py chooses T so that it can).
+
+// bn_stats, bn_finalize and bn_apply. part [3, T, C] is scratch, stat is an output.
+void bn_one_pass_fwd(int dtype, const void* x, i64 M, i64 C, const void* weight /*or null*/,
+                     const void* bias /*or null*/, double eps, const void* residual /*or null*/,
+                     const void* rstat /*or null*/, int relu, i64 T, void* part, void* stat, void* out,
+                     u8* mask /*or null*/, i64 ctx);
+// bn_bwd_reduce, bn_bwd_finalize and bn_bwd_apply for a residual without a BN of its own. part [2, T, C] is scratch.
+// relu = 1 with mask null: the mask is recomputed (legal without residual only); y then receives the activation, if
+// given. dx may be grad.
+void bn_one_pass_bwd(int dtype, const void* grad, const void* x, i64 M, i64 C, const void* stat,
+                     const u8* mask /*or null*/, int relu, int batch_stats, i64 T, void* part,
+                     void* dweight /*or null*/, void* dbias /*or null*/, void* coef, void* dx, void* dres /*or null*/,
+                     void* y /*or null*/, i64 ctx);
+
+}  // namespace FASTRES_BACKEND
