@@ -26,6 +26,7 @@ if REHEARSAL and "triton" in STAGE:
 
 import gpu_conv  # noqa: E402
 import gpu_cudnn  # noqa: E402
+import gpu_one_pass  # noqa: E402
 import kernel_cases  # noqa: E402
 import launch_tests  # noqa: E402
 import timing  # noqa: E402
@@ -158,7 +159,7 @@ def launch_once() -> bool:
                         if why:
                             emit(kind="sanitized", function=function, dtype=str(dtype), status="failed", why=why)
         emit(kind="sanitized", function=function, status="ran")
-    return good
+    return good & gpu_one_pass.right(emit, dispatch.load(served.backend), DEVICE, ((7, 67), (64, 300)))
 
 
 def once(served: OnDevice, case, place) -> None:
@@ -304,6 +305,7 @@ STAGES: dict[str, Callable[[], bool]] = {
     "launch-once": launch_once,
     "bandwidth": bandwidth,
     "op-times": op_times,
+    "one-pass": lambda: gpu_one_pass.run(emit, DEVICE, stand_in("cuda"), REHEARSAL),
     "conv-kernels": lambda: gpu_conv.conv_kernels(emit, REHEARSAL),
     "tune-256": lambda: gpu_conv.tune(emit, REHEARSAL, 256),
     "tune-64": lambda: gpu_conv.tune(emit, REHEARSAL, 64),

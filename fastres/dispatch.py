@@ -43,6 +43,9 @@ LAUNCHES = {
     "stem": (*_BN, "stem_fwd", "stem_bwd_reduce", "stem_bwd_apply"),
 }
 
+#: Launch functions that replace several of the BN family's in one launch, where a backend has them and the tensor fits.
+ONE_PASS = ("bn_one_pass_fwd", "bn_one_pass_bwd")
+
 _forced = ""
 
 
@@ -118,6 +121,35 @@ def _automatic(request: Request) -> ModuleType:
             return chosen
         warnings.warn(f"fastres: {candidate} is switched off for {request}: {wrong}", RuntimeWarning, stacklevel=4)
     raise AssertionError("the reference backend serves everything")
+
+
+def one_pass_tiles(k, op: str, x: torch.Tensor, M: int, C: int, tensors: int, name: str) -> int:
+    """Row tiles of one launch over ``[M, C]`` that keeps so many tensors like ``x`` on chip; 0: launch separately.
+
+    ``k`` are the launch functions that serve ``op`` on ``x``, ``name`` the forced backend or empty. The automatic
+    choice takes them only after they have proven themselves on this device, dtype and channel count.
+    """
+    why_not = getattr(k, "why_not_one_pass", None)
+    if why_not is None or why_not(x.device, x.dtype, M, C, tensors):
+        return 0
+    if not name:
+        request = Request(op, x.device, x.dtype, C)
+        try:
+            if not _one_pass_is_right(request, k.name):
+                return 0
+        except verify.NotVerifiedYet as reason:
+            warnings.warn(f"fastres: {request} in several launches: {reason}", RuntimeWarning, stacklevel=5)
+            return 0
+    return k.one_pass_tiles(x, M, C, tensors)
+
+
+@functools.lru_cache(maxsize=4096)
+def _one_pass_is_right(request: Request, name: str) -> bool:
+    wrong = verify.failure(request, name, load(name), ONE_PASS)
+    if wrong:
+        what = "batch normalisation in one launch"
+        warnings.warn(f"fastres: {what} is switched off for {request} on {name}: {wrong}", RuntimeWarning, stacklevel=6)
+    return not wrong
 
 
 def has_kernel(op: str, device: str, dtype: torch.dtype) -> bool:

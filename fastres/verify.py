@@ -37,6 +37,10 @@ def failure(request, name: str, launch, functions: tuple[str, ...]) -> str:
 def check(function: str, launch, device, dtype: torch.dtype, C: int, M: int = _ROWS, T: int | None = None) -> str:
     """Run one launch function against the reference in float64; a sentence on the first miss, else empty."""
     try:
+        if T is None and function.startswith("bn_one_pass"):
+            T = launch.one_pass_tiles(torch.empty(0, dtype=dtype, device=device), M, C, 2)
+            if not T:
+                return f"{function} has no tiles for {M} x {C} elements"
         cases = _cases(function, device, dtype, C, M, T or launch.tiles(M, C))
         for label, args, outputs in cases:
             ours = {key: _poisoned(buffer) for key, buffer in outputs.items()}
@@ -164,6 +168,23 @@ def _cases(function: str, device, dtype, C: int, M: int, T: int):
             ("two BNs", dict(base, residual=rand(M, C), rstat=stat(), rcoef=coef + 1, mask=bits()),
              dict(dx=empty(M, C), dres=empty(M, C))),
         ]  # fmt: skip
+    if function == "bn_one_pass_fwd":
+        made = dict(part=empty(3, T, C, kind=acc), stat=empty(5, C, kind=acc))
+        out = dict(made, out=empty(M, C), mask=empty(M, -(-C // 8), kind=torch.uint8))
+        base = dict(x=rand(M, C) + 10, M=M, C=C, weight=vec, bias=vec, eps=1e-5, relu=True, T=T)
+        return [
+            ("plain", dict(base, residual=None, rstat=None), out),
+            ("residual", dict(base, residual=rand(M, C), rstat=None), out),
+            ("residual with its own BN", dict(base, residual=rand(M, C), rstat=stat()), out),
+        ]
+    if function == "bn_one_pass_bwd":
+        made = dict(part=empty(2, T, C, kind=acc), coef=empty(3, C, kind=acc), dx=empty(M, C))
+        made |= dict(dweight=empty(C, kind=acc), dbias=empty(C, kind=acc))
+        base = dict(grad=rand(M, C), x=rand(M, C), M=M, C=C, stat=stat(), relu=True, batch_stats=True, T=T)
+        return [
+            ("mask recomputed", dict(base, mask=None, dres=None), dict(made, y=empty(M, C))),
+            ("residual", dict(base, mask=bits(), y=None), dict(made, dres=empty(M, C))),
+        ]
     if function == "bias_act":
         return [("", dict(x=rand(M, C), M=M, C=C, bias=vec, residual=rand(M, C), relu=True), dict(out=empty(M, C)))]
     if function == "mask_add":

@@ -54,11 +54,14 @@ def tiles(M: int, C: int, itemsize: int, tensors: int, chip: Chip) -> int:
     groups = -(-C // _VEC)
     channel_blocks = -(-groups // _LANES)
     depth = _THREADS // -(-groups // channel_blocks)
-    T = min(chip.multiprocessors * _BLOCKS // channel_blocks, -(-M // (depth * _ROWS_PER_THREAD)))
+    kept = chip.store // (tensors * _THREADS * _VEC * itemsize)  # rows of a thread
+    if kept < 1:
+        return 0
+    T = min(chip.multiprocessors * _BLOCKS // channel_blocks, -(-M // (depth * min(kept, _ROWS_PER_THREAD))))
     if T < 1:
         return 0
-    rows = -(-(-(-M // T)) // depth)
-    return T if rows * tensors * _THREADS * _VEC * itemsize <= chip.store else 0
+    tile = -(-M // T)
+    return T if -(-tile // depth) <= kept else 0
 
 
 class Launcher:

@@ -66,11 +66,11 @@ def _fwd(x, weight, bias, mean, var, batch_stats, eps, residual, own, rweight, r
     k = steps.launcher("batch_norm_act", x, C, backend)
     x = nhwc(x)
     residual = None if residual is None else given(residual, "residual", x)
-    stat = steps.statistics(k, x, weight, bias, mean, var, batch_stats, eps)
     rstat = steps.statistics(k, residual, rweight, rbias, rmean, rvar, rbatch, reps) if own else None
     out = new(x, x.shape)
     mask = new_mask(x, M, C) if save and relu and residual is not None else None
-    k.bn_apply(x, M, C, stat, residual, rstat, relu, out, mask)
+    bn = (weight, bias, mean, var, batch_stats, eps)
+    stat = steps.normalise(k, "batch_norm_act", x, *bn, residual, rstat, relu, out, mask, backend)
     return out, nothing(x, torch.uint8) if mask is None else mask, stat, nothing(stat) if rstat is None else rstat
 
 
@@ -93,6 +93,13 @@ def _bwd(grad, x, stat, residual, rstat, mask, relu, batch_stats, rbatch, needs,
     own = rstat is not None
     if own:
         rstat = saved(rstat, "rstat", x, stat.dtype)
+    dx = new(x, x.shape)
+    dres = new(x, x.shape) if needs[1] else None
+    if not own:
+        vectors = steps.backward_in_one(k, "batch_norm_act", grad, x, stat, mask, relu, batch_stats, needs[2], needs[3],
+                                        dx, dres, None, backend)  # fmt: skip
+        if vectors is not None:
+            return tuple(nothing(x) if t is None else t for t in (dx, dres, *vectors, None, None))
     T = k.tiles(M, C)
     part = torch.empty((3 if own else 2, T, C), dtype=stat.dtype, device=x.device)
     k.bn_bwd_reduce(grad, x, M, C, stat, residual, rstat, mask, relu, T, part, None)
@@ -100,8 +107,6 @@ def _bwd(grad, x, stat, residual, rstat, mask, relu, batch_stats, rbatch, needs,
     drweight = drbias = rcoef = None
     if own:
         drweight, drbias, rcoef = steps.backward_coefficients(k, part, 2, T, M, C, rstat, rbatch, needs[4], needs[5])
-    dx = new(x, x.shape)
-    dres = new(x, x.shape) if needs[1] else None
     if dres is None:
         residual = rstat = rcoef = None  # they serve the residual's gradient alone
     k.bn_bwd_apply(grad, x, M, C, stat, coef, residual, rstat, rcoef, mask, relu, dx, dres)

@@ -149,6 +149,41 @@ def backward_coefficients(k, part, plane, T, M, C, stat, batch_stats, want_weigh
     return dweight, dbias, coef
 
 
+def normalise(
+    k, op, x, weight, bias, mean, var, batch_stats, eps, residual, rstat, relu, out, mask, backend, part=None
+):
+    """`statistics` of ``x``, then ``out`` and ``mask`` of launch.h's ``bn_apply``; in one launch where x fits on chip.
+
+    Returns ``stat``. ``out`` may be x; ``rstat``: that of the residual's own BN, or None.
+    """
+    M, C = matrix(x)
+    T = dispatch.one_pass_tiles(k, op, x, M, C, 1, backend) if batch_stats and part is None else 0
+    if not T:
+        stat = statistics(k, x, weight, bias, mean, var, batch_stats, eps, part)
+        k.bn_apply(x, M, C, stat, residual, rstat, relu, out, mask)
+        return stat
+    stat = torch.empty((5, C), dtype=acc_dtype(x.dtype), device=x.device)
+    weight, bias = given_vector(weight, "weight", C, stat), given_vector(bias, "bias", C, stat)
+    k.bn_one_pass_fwd(x, M, C, weight, bias, eps, residual, rstat, relu, T, stat.new_empty((3, T, C)), stat, out, mask)
+    return stat
+
+
+def backward_in_one(k, op, grad, x, stat, mask, relu, batch_stats, want_weight, want_bias, dx, dres, y, backend):
+    """(dweight, dbias) of one BN with ``dx``, ``dres`` and ``y`` filled in one launch, or None where that cannot be.
+
+    For statistics of the batch; the residual that ``dres`` belongs to has no BN of its own.
+    """
+    M, C = matrix(x)
+    T = dispatch.one_pass_tiles(k, op, x, M, C, 2, backend) if batch_stats else 0
+    if not T:
+        return None
+    dweight = stat.new_empty(C) if want_weight else None
+    dbias = stat.new_empty(C) if want_bias else None
+    part, coef = stat.new_empty((2, T, C)), stat.new_empty((3, C))
+    k.bn_one_pass_bwd(grad, x, M, C, stat, mask, relu, batch_stats, T, part, dweight, dbias, coef, dx, dres, y)
+    return dweight, dbias
+
+
 # ---- running statistics: their own op, so that the differentiable ops mutate nothing
 
 

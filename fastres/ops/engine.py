@@ -64,32 +64,32 @@ def _fwd(x, residual, weights, biases, bn_weight, bn_bias, mean, var, batch_stat
     x = nhwc(x)
     stats, kept = [], []
 
-    def stat_of(a, i, part=None):
-        s = steps.statistics(k, a, bn_weight[i], bn_bias[i], mean[i], var[i], batch_stats[i], eps[i], part)
-        stats.append(s)
-        return s
+    def bn(i):
+        return bn_weight[i], bn_bias[i], mean[i], var[i], batch_stats[i], eps[i]
 
     h = x
-    for i in range(c.n):
+    for i in range(c.n - 1):
         a, part = riding.fprop(h, weights[i], biases[i], c.g[i], batch_stats[i])
-        stat = stat_of(a, i, part)
-        if i < c.n - 1:
-            h = new(a, a.shape) if save else a
-            k.bn_apply(a, *matrix(a), stat, None, None, True, h, None)
-            kept.append(a)
+        h = new(a, a.shape) if save else a
+        stats.append(steps.normalise(k, op, a, *bn(i), None, None, True, h, None, backend, part))
+        kept.append(a)
+    last = c.n - 1
+    a, part = riding.fprop(h, weights[last], biases[last], c.g[last], batch_stats[last])
     M, C = matrix(a)
     rstat = shortcut = None
     if kind == IDENTITY:
         shortcut = x
     elif kind == PROJECTION:
-        shortcut, part = riding.fprop(x, weights[c.n], biases[c.n], c.g[c.n], batch_stats[c.n])
-        rstat = stat_of(shortcut, c.n, part)
+        shortcut, rpart = riding.fprop(x, weights[c.n], biases[c.n], c.g[c.n], batch_stats[c.n])
+        rstat = steps.statistics(k, shortcut, *bn(c.n), rpart)
     elif kind in (TENSOR, TENSOR_BN):
         shortcut = given(residual, "residual", a)
-        rstat = stat_of(shortcut, c.n) if kind == TENSOR_BN else None
+        rstat = steps.statistics(k, shortcut, *bn(c.n)) if kind == TENSOR_BN else None
     out = new(a, a.shape) if save else a
     mask = new_mask(a, M, C) if save and relu and shortcut is not None else None
-    k.bn_apply(a, M, C, stat, shortcut, rstat, relu, out, mask)
+    stats.append(steps.normalise(k, op, a, *bn(last), shortcut, rstat, relu, out, mask, backend, part))
+    if rstat is not None:
+        stats.append(rstat)
     if not save:
         return [out, *stats]
     saved = kept if low else [*kept, a, *([shortcut] if c.projected else [])]
@@ -166,15 +166,24 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
         )
         return coef
 
-    part, T, M, C = reduce(grad, last, 3 if own else 2, shortcut, rstat, mask, relu, None)
-    coef = coefficients(part, 1, T, M, C, last)
-    rcoef = coefficients(part, 2, T, M, C, n) if own else None
+    def in_one(dy, i, bits, act, da, dres, y):
+        """Reduction, coefficients and map of BN i in one launch, where that can be."""
+        vectors = steps.backward_in_one(k, op, dy, acts[i], stats[i], bits, act, batch_stats[i], need(i, 2), need(i, 3),
+                                        da, dres, y, backend)  # fmt: skip
+        if vectors is not None:
+            dparams[i][2], dparams[i][3] = vectors
+        return vectors is not None
+
     da = new(x, grad.shape)
     want_res = c.projected or (kind in (TENSOR, TENSOR_BN) and needs[1])
     dres = new(x, grad.shape) if want_res else None
-    if dres is None:
-        shortcut = rstat = rcoef = None  # they serve the residual's gradient alone
-    k.bn_bwd_apply(grad, acts[last], M, C, stats[last], coef, shortcut, rstat, rcoef, mask, relu, da, dres)
+    if own or not in_one(grad, last, mask, relu, da, dres, None):
+        part, T, M, C = reduce(grad, last, 3 if own else 2, shortcut, rstat, mask, relu, None)
+        coef = coefficients(part, 1, T, M, C, last)
+        rcoef = coefficients(part, 2, T, M, C, n) if own else None
+        if dres is None:
+            shortcut = rstat = rcoef = None  # they serve the residual's gradient alone
+        k.bn_bwd_apply(grad, acts[last], M, C, stats[last], coef, shortcut, rstat, rcoef, mask, relu, da, dres)
 
     def input_gradient(da):
         """Gradient of x through the first convolution and the shortcut."""
@@ -197,7 +206,7 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
     dx = None
     for i in range(last, -1, -1):
         source = x if i == 0 else h
-        rode = False
+        rode = done = False
         if i > 0 and below(i):
             want_y = source is None and need(i, 0)
             whole = riding.dgrad_act(da, weights[i], c.g[i], acts[i - 1], stats[i - 1], want_y)
@@ -208,7 +217,10 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
             else:
                 dy = riding.dgrad(da, acts[i - 1], weights[i], c.g[i])
                 source = new(acts[i - 1], acts[i - 1].shape) if want_y else source
-                part, T, M, C = reduce(dy, i - 1, 2, None, None, None, True, source if want_y else None)
+                y = source if want_y else None
+                done = in_one(dy, i - 1, None, True, dy, None, y)
+                if not done:
+                    part, T, M, C = reduce(dy, i - 1, 2, None, None, None, True, y)
         elif i > 0 and source is None and need(i, 0):
             source = new(acts[i - 1], acts[i - 1].shape)
             k.bn_apply(acts[i - 1], *matrix(source), stats[i - 1], None, None, True, source, None)
@@ -221,9 +233,10 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
         elif i > 0:
             if not below(i):
                 break
-            coef = coefficients(part, 1, T, M, C, i - 1)
-            # What rode along with the dgrad is behind the ReLU already.
-            k.bn_bwd_apply(dy, acts[i - 1], M, C, stats[i - 1], coef, None, None, None, None, not rode, dy, None)
+            if not done:
+                coef = coefficients(part, 1, T, M, C, i - 1)
+                # What rode along with the dgrad is behind the ReLU already.
+                k.bn_bwd_apply(dy, acts[i - 1], M, C, stats[i - 1], coef, None, None, None, None, not rode, dy, None)
             da = dy
     if c.projected and (need(n, 0) or need(n, 1)):
         dparams[n][0], dparams[n][1] = riding.wgrad(dres, x, weights[n], c.g[n], need(n, 1))
