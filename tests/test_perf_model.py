@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import fastres
+from fastres import verify
 from fastres.backends import reference
 from fastres.codegen import __main__ as command
-from fastres.codegen import calibration, model, model_page, plans, roofline
+from fastres.codegen import calibration, model, model_page, one_pass_model, plans, roofline
 from fastres.problem import problem_of
 
 H100 = model.CHIPS["h100"]
@@ -215,3 +216,25 @@ def test_roofline_is_drawn(tmp_path):
         for intensity, rate, _ in points:
             assert rate * 1e12 < min(H100.rate, intensity * H100.bandwidth)
         assert points == sorted(points, key=lambda p: p[0])
+
+
+# ---- batch normalisation in one launch
+
+
+def test_units_of_one_launch_are_its_tensors():
+    """Every tensor of the launch once, beside scratch and per-channel vectors; separately, read twice what is kept."""
+    C, M = 8, 4096
+    for case, function, which in (("forward", "bn_one_pass_fwd", 0), ("forward, residual", "bn_one_pass_fwd", 1),
+                                  ("backward", "bn_one_pass_bwd", 0)):  # fmt: skip
+        separate, one, again, kept = one_pass_model.UNITS[case]
+        _, args, outputs = verify._cases(function, torch.device("cpu"), torch.bfloat16, C, M, 2)[which]
+        tensors = [t for t in (*args.values(), *outputs.values()) if isinstance(t, torch.Tensor) and t.numel() == M * C]
+        assert one == len(tensors) - ("y" in outputs) and separate - one == again == kept
+
+
+def test_one_launch_pays_where_launches_cost():
+    small, large = (one_pass_model.times("forward", n, H100) for n in (100_000, 20_000_000))
+    assert small.warm / small.one > 1 and large.warm < large.one, (
+        "L2 serves the second reading: only launches are saved"
+    )
+    assert large.cold / large.one > 1.3

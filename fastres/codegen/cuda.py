@@ -176,7 +176,8 @@ variant: activation dtype; `Vector` (C a multiple of 8, addresses aligned to 16 
 ReLU mask comes from; what joins before the ReLU. registers: of one thread (limit {sass.REGISTER_LIMIT}).
 shared: bytes of one block, from sm_90 on with the 1024 bytes the system keeps of it. load, store: bytes moved by
 the widest instruction of one thread from or to global memory. stack, spills: bytes and local-memory instructions
-of one thread, expected 0.
+of one thread, expected 0. `bn_one_pass_*` take dynamic shared memory beside: all that two blocks of a multiprocessor
+leave, at most.
 """
 
 
