@@ -234,7 +234,5 @@ def test_units_of_one_launch_are_its_tensors():
 
 def test_one_launch_pays_where_launches_cost():
     small, large = (one_pass_model.times("forward", n, H100) for n in (100_000, 20_000_000))
-    assert small.warm / small.one > 1 and large.warm < large.one, (
-        "L2 serves the second reading: only launches are saved"
-    )
+    assert small.warm / small.one > 1.1 and 1 < large.warm / large.one < 1.1, "with L2 only launches are saved"
     assert large.cold / large.one > 1.3
