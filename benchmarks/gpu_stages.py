@@ -27,6 +27,7 @@ if REHEARSAL and "triton" in STAGE:
 import gpu_conv  # noqa: E402
 import gpu_cudnn  # noqa: E402
 import gpu_one_pass  # noqa: E402
+import gpu_shift  # noqa: E402
 import kernel_cases  # noqa: E402
 import launch_tests  # noqa: E402
 import timing  # noqa: E402
@@ -305,6 +306,7 @@ STAGES: dict[str, Callable[[], bool]] = {
     "launch-once": launch_once,
     "bandwidth": bandwidth,
     "op-times": op_times,
+    "shift": lambda: gpu_shift.run(emit, DEVICE, stand_in("cuda")),
     "one-pass": lambda: gpu_one_pass.run(emit, DEVICE, stand_in("cuda"), REHEARSAL),
     "conv-kernels": lambda: gpu_conv.conv_kernels(emit, REHEARSAL),
     "tune-256": lambda: gpu_conv.tune(emit, REHEARSAL, 256),

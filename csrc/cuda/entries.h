@@ -8,6 +8,7 @@ namespace FASTRES_BACKEND {
 inline void cuda_entries(pybind11::module_& m) {
     ENTRY(bn_one_pass_fwd);
     ENTRY(bn_one_pass_bwd);
+    ENTRY(shifted_rows);
 }
 
 }  // namespace FASTRES_BACKEND

@@ -21,4 +21,9 @@ void bn_one_pass_bwd(int dtype, const void* grad, const void* x, i64 M, i64 C, c
                      void* dweight /*or null*/, void* dbias /*or null*/, void* coef, void* dx, void* dres /*or null*/,
                      void* y /*or null*/, i64 ctx);
 
+// ---- for gpu-check on sm_90 alone: bfloat16 x [80, 64] and identity [64, 64], out float [64, 64] = x[shift : shift +
+// 64] if a warpgroup product may begin at any row of a tile; all aligned to 16 bytes. planar: 0 or 1, the tile's
+// layout.
+void shifted_rows(const void* x, const void* identity, i64 shift, int planar, void* out, i64 ctx);
+
 }  // namespace FASTRES_BACKEND

@@ -54,6 +54,7 @@ class SharedView {
     };
 
     Element operator[](i64 i) { return {array_, static_cast<std::size_t>(i)}; }
+    fastres::emulator::SharedArray& array() { return array_; }
 
   private:
     fastres::emulator::SharedArray& array_;

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "chip.h"
+#include "hopper.h"
 
 namespace fastres::emulator {
 
@@ -35,6 +36,9 @@ bool same(const Site& a, const Site& b) {
 }
 
 }  // namespace
+
+Machine::Machine() = default;
+Machine::~Machine() = default;
 
 Machine& Machine::current() {
     thread_local Machine machine;
@@ -139,6 +143,7 @@ void Machine::begin(Block& block, std::uint64_t number) {
     block.y = static_cast<std::int64_t>(number / static_cast<std::uint64_t>(grid_.x));
     block.phase = 1;
     block.stuck = false;
+    block.hopper = std::make_shared<Hopper>(grid_.threads);
     for (auto& [key, array] : block.arrays) {
         std::fill(array->bytes.begin(), array->bytes.end(), kPoison);
         std::fill(array->trace.begin(), array->trace.end(), Trace{});
@@ -188,6 +193,7 @@ void Machine::fiber_main() {
     Thread& self = machine.block_->threads[machine.thread_];
     try {
         (*machine.body_)();
+        machine.hopper().on_return(machine);
     } catch (const std::exception& e) {
         machine.error_ = e.what();
     }
@@ -202,6 +208,12 @@ void Machine::wait(State state, const char* kind, Site site) {
     thread.kind = kind;
     thread.site = site;
     Fiber::switch_to(thread.fiber, host_);
+}
+
+void Machine::wait_until(const std::function<bool()>& ready, const char* kind, Site site) {
+    if (ready()) return;
+    block_->threads[thread_].ready = &ready;
+    wait(State::kCondition, kind, site);
 }
 
 void Machine::barrier(Site site) { wait(State::kBarrier, "sync_block", site); }
@@ -227,11 +239,27 @@ const std::uint64_t* Machine::exchange(const char* kind, std::uint64_t value, Si
 bool Machine::release() {
     bool woken = false;
     int waiting = 0, done = 0;
-    const Thread* first = nullptr;
+    const Thread *first = nullptr, *asleep = nullptr;
+    for (int t = 0; t < grid_.threads; ++t) {
+        Thread& thread = block_->threads[t];
+        if (thread.state != State::kCondition) continue;
+        thread_ = t;
+        if ((*thread.ready)()) {
+            thread.state = State::kReady;
+            woken = true;
+        } else {
+            asleep = &thread;
+        }
+    }
     for (int w = 0; w < grid_.threads; w += kWarp) {
         const int last = std::min(w + kWarp, grid_.threads);
         Thread* const begin = block_->threads + w;
         Thread* const end = block_->threads + last;
+        // Lanes that sleep or have just woken may still come to where the others of their warp wait.
+        const auto on_its_way = [](const Thread& t) {
+            return t.state == State::kCondition || t.state == State::kReady;
+        };
+        if (std::any_of(begin, end, on_its_way)) continue;
         if (std::any_of(begin, end, [](const Thread& t) { return t.state == State::kWarp; })) {
             check_warp(w, last);
             std::for_each(begin, end, [](Thread& t) { t.state = State::kReady; });
@@ -252,6 +280,12 @@ bool Machine::release() {
         }
     }
     if (woken) return true;
+    if (asleep) {
+        // Copies land as late as they may: when nothing else can move.
+        if (block_->hopper->land_one(*this, next(random_))) return true;
+        throw std::runtime_error(where() + ": deadlock, " + asleep->kind + " " + at(asleep->site) +
+                                 " waits for what never comes");
+    }
     if (waiting == 0) return false;
     if (done) {
         throw std::runtime_error(where() + ": " + std::to_string(waiting) + " threads wait at the barrier " +
@@ -350,11 +384,21 @@ void Machine::on_read(SharedArray& array, std::size_t i) {
               at(array.site));
     }
     Trace& t = array.trace[i];
-    if (t.written_at == block_->phase && t.writer != thread_) {
-        fault("race: reads element " + std::to_string(i) + " of the shared array of " + at(array.site) +
-              ", which thread " + std::to_string(t.writer) + " wrote since the last barrier");
+    const Order& order = block_->hopper->order;
+    if (t.written_at == block_->phase && t.writer != thread_ && !order.knows(thread_, t.writer, t.write_clock)) {
+        fault("race: reads element " + std::to_string(i) + " of the shared array of " + at(array.site) + ", which " +
+              (t.by_copy ? std::string("an asynchronous copy") : "thread " + std::to_string(t.writer)) +
+              " wrote since the last barrier");
     }
-    t.reader = t.read_at == block_->phase && t.reader != thread_ ? kMany : thread_;
+    if (t.read_at == block_->phase && t.reader != thread_) {
+        if (t.reader == kMany || !order.knows(thread_, t.reader, t.read_clock)) {
+            block_->hopper->order.read_by_many(&t, t.reader == kMany ? -1 : t.reader, t.read_clock, thread_);
+            t.reader = kMany;
+            return;
+        }
+    }
+    t.reader = thread_;
+    t.read_clock = order.clock(thread_);
     t.read_at = block_->phase;
 }
 
@@ -364,16 +408,21 @@ void Machine::on_write(SharedArray& array, std::size_t i) {
               at(array.site));
     }
     Trace& t = array.trace[i];
-    if (t.written_at == block_->phase && t.writer != thread_) {
-        fault("race: writes element " + std::to_string(i) + " of the shared array of " + at(array.site) +
-              ", which thread " + std::to_string(t.writer) + " wrote since the last barrier");
+    const Order& order = block_->hopper->order;
+    if (t.written_at == block_->phase && t.writer != thread_ && !order.knows(thread_, t.writer, t.write_clock)) {
+        fault("race: writes element " + std::to_string(i) + " of the shared array of " + at(array.site) + ", which " +
+              (t.by_copy ? std::string("an asynchronous copy") : "thread " + std::to_string(t.writer)) +
+              " wrote since the last barrier");
     }
-    if (t.read_at == block_->phase && t.reader != thread_) {
+    if (t.read_at == block_->phase && t.reader != thread_ &&
+        !(t.reader == kMany ? order.knows_readers(thread_, &t) : order.knows(thread_, t.reader, t.read_clock))) {
         fault("race: writes element " + std::to_string(i) + " of the shared array of " + at(array.site) +
               ", which another thread read since the last barrier");
     }
     t.writer = thread_;
+    t.write_clock = order.clock(thread_);
     t.written_at = block_->phase;
+    t.by_copy = false;
 }
 
 }  // namespace fastres::emulator

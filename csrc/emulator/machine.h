@@ -15,8 +15,10 @@ using Site = std::source_location;
 
 // Access to a shared array since the last barrier, for the race check; one of each element.
 struct Trace {
-    std::uint64_t written_at = 0, read_at = 0;  // phase, 0 never
-    int writer = -1, reader = -1;               // thread; kMany readers
+    std::uint64_t written_at = 0, read_at = 0;      // phase, 0 never
+    int writer = -1, reader = -1;                   // thread; kMany readers
+    std::uint32_t write_clock = 0, read_clock = 0;  // of the thread then, see Order
+    bool by_copy = false;                           // written by the asynchronous proxy
 };
 
 struct SharedArray {
@@ -34,8 +36,13 @@ struct Grid {
     int blocks_per_multiprocessor = 0;  // cooperative launch: what the kernel's registers allow; 0: an ordinary one
 };
 
+class Hopper;
+
 class Machine {
   public:
+    Machine();
+    ~Machine();
+
     // The machine of the calling OS thread.
     static Machine& current();
 
@@ -63,17 +70,25 @@ class Machine {
     void on_read(SharedArray& array, std::size_t i);
     void on_write(SharedArray& array, std::size_t i);
 
+    // The running thread sleeps until `ready`; what wakes it is another thread or an asynchronous copy.
+    void wait_until(const std::function<bool()>& ready, const char* kind, Site site);
+    // Barriers in shared memory, bulk copies and warpgroup products of the running block.
+    Hopper& hopper() { return *block_->hopper; }
+    int threads() const { return grid_.threads; }
+    std::uint64_t phase() const { return block_->phase; }
+
     // Throws from inside a kernel.
     [[noreturn]] void fault(const std::string& what) const;
 
   private:
-    enum class State { kReady, kBarrier, kWarp, kGrid, kDone };
+    enum class State { kReady, kBarrier, kWarp, kGrid, kCondition, kDone };
     struct Thread {
         Fiber fiber;
         State state = State::kReady;
         const char* kind = nullptr;
         Site site;
         unsigned round = 0;  // warp collectives so far: the exchange buffer is double
+        const std::function<bool()>* ready = nullptr;
     };
     struct Block {
         std::int64_t x = 0, y = 0;
@@ -83,6 +98,7 @@ class Machine {
         bool stuck = false;               // every thread has returned or waits for the grid
         std::vector<std::uint64_t> mail;  // [warps][2][32]
         std::vector<std::pair<const void*, std::unique_ptr<SharedArray>>> arrays;
+        std::shared_ptr<Hopper> hopper;
     };
 
     static void fiber_main();
