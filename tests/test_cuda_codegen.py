@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import subprocess
 
 import pytest
 
@@ -46,6 +47,20 @@ def test_table_is_complete():
         assert {row[0] for row in rows} == kernels
         assert all(row[-2:] == ["0", "0"] for row in rows)
         assert all(int(row[4]) == 16 for row in rows if "Vector" in row[1])
+
+
+def test_hopper_instructions(tmp_path):
+    """Warpgroup products and tensor copies on sm_90a; elsewhere the kernel traps."""
+    source = next(s for s in cuda.sources() if s.name == "shifted_rows.cu")
+    try:
+        command = [cuda.nvcc(), *cuda.FLAGS, "-cubin", str(source), "-o", str(tmp_path / "out.cubin"), "-arch=sm_90a"]
+        sass.find_tool("toolkit")
+    except sass.ToolMissing as error:
+        pytest.skip(f"CUDA kernels cannot be compiled here: {error}")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    (usage,) = sass.read(tmp_path / "out.cubin").values()
+    assert usage.count("HGMMA") == 4 and usage.count("UTMALDG") == 2 and usage.count("SYNCS") >= 3
 
 
 @pytest.mark.parametrize(
