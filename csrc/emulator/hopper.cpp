@@ -6,12 +6,6 @@
 
 namespace fastres::emulator {
 
-namespace {
-
-constexpr unsigned char kPoison = 0xff;
-
-}  // namespace
-
 // ---- Order
 
 void Order::activate() {

@@ -12,6 +12,9 @@
 namespace fastres::emulator {
 
 using Site = std::source_location;
+std::string at(const Site& site);  // "file:line"
+
+constexpr unsigned char kPoison = 0xff;  // of memory never written: NaN in every floating type, -1 in every integer
 
 // Access to a shared array since the last barrier, for the race check; one of each element.
 struct Trace {
