@@ -10,6 +10,7 @@
 namespace FASTRES_BACKEND {
 
 using u32 = std::uint32_t;
+using u64 = std::uint64_t;
 
 constexpr int kThreads = 256;  // of every block of every kernel
 constexpr int kWarp = 32;
@@ -21,6 +22,17 @@ struct alignas(16) Word4 {
 };
 struct alignas(8) Word2 {
     u32 w[2];
+};
+
+// Element types of the tensor cores, as bits.
+struct bf16 {
+    std::uint16_t bits;
+};
+struct f16 {
+    std::uint16_t bits;
+};
+struct tf32 {
+    u32 bits;
 };
 
 }  // namespace FASTRES_BACKEND
@@ -123,6 +135,35 @@ void launch(const char* name, void (*kernel)(P...), i64 grid_x, i64 grid_y, i64 
     require_launched(name, grid_x, grid_y, error);
 }
 
+// Of the current device.
+inline i64 multiprocessors() {
+    int device = 0, n = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+    return n;
+}
+
+// `launch` with dynamic shared memory for each block.
+template <class... P>
+void launch_with_shared(const char* name, void (*kernel)(P...), i64 grid_x, i64 grid_y, i64 shared_bytes, i64 ctx,
+                        std::common_type_t<P>... args) {
+    if (grid_x == 0 || grid_y == 0) return;
+    const void* const function = reinterpret_cast<const void*>(kernel);
+    cudaError_t error = cudaErrorInvalidConfiguration;
+    if (grid_x <= kMaxGridX && grid_y <= kMaxGridY) {
+        error =
+            cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    }
+    if (error == cudaSuccess) {
+        void* params[] = {static_cast<void*>(&args)...};
+        error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y)),
+                                 dim3(kThreads), params, static_cast<std::size_t>(shared_bytes),
+                                 reinterpret_cast<cudaStream_t>(ctx));
+    }
+    require_launched(name, grid_x, grid_y, error);
+}
+
 // The same for a kernel that calls sync_grid() (grid.cuh): all blocks run at once, each with its own dynamic shared
 // memory, or the launch is refused. The kernel is a KERNEL(kBlocksPerMultiprocessor).
 template <int kBlocksPerMultiprocessor, class... P>
@@ -145,5 +186,7 @@ void launch_cooperative(const char* name, void (*kernel)(P...), i64 grid_x, i64 
 }
 
 }  // namespace FASTRES_BACKEND
+
+#include "arch_mma.cuh"
 
 #endif

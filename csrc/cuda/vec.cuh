@@ -11,13 +11,6 @@ namespace FASTRES_BACKEND {
 
 constexpr int kVec = 8;  // channels of a thread: one mask byte, 16 bytes of a 16-bit type
 
-struct bf16 {
-    std::uint16_t bits;
-};
-struct f16 {
-    std::uint16_t bits;
-};
-
 // How a kernel touches memory. Vector: C a multiple of 8 and every address aligned to 16 bytes.
 // Scalar: element by element, `valid` of them.
 struct Vector {};

@@ -8,6 +8,7 @@
 #include <string>
 #include <type_traits>
 
+#include "chip.h"
 #include "machine.h"
 
 #define KERNEL(min_blocks) void
@@ -93,12 +94,14 @@ V load_aligned(const void* p) {
     if (reinterpret_cast<std::uintptr_t>(p) % sizeof(V)) Machine::current().fault("misaligned vector load");
     V v;
     std::memcpy(&v, p, sizeof(V));
+    if (Machine::current().meter.on) Machine::current().meter.load(p, sizeof(V));
     return v;
 }
 template <class V>
 void store_aligned(void* p, const V& v) {
     if (reinterpret_cast<std::uintptr_t>(p) % sizeof(V)) Machine::current().fault("misaligned vector store");
     std::memcpy(p, &v, sizeof(V));
+    if (Machine::current().meter.on) Machine::current().meter.store(p, sizeof(V));
 }
 
 inline Word4 load16(const void* p) { return load_aligned<Word4>(p); }
@@ -140,10 +143,19 @@ inline void unpack_f16(u32 v, float& lo, float& hi) {
     hi = widen_f16(v >> 16);
 }
 
+inline i64 multiprocessors() { return fastres::emulator::chip().multiprocessors; }
+
 // `ctx` seeds the order of blocks and threads.
 template <class... P>
 void launch(const char* name, void (*kernel)(P...), i64 grid_x, i64 grid_y, i64 ctx, std::common_type_t<P>... args) {
     Machine::current().run(name, {grid_x, grid_y, kThreads}, static_cast<std::uint64_t>(ctx), [&] { kernel(args...); });
+}
+
+template <class... P>
+void launch_with_shared(const char* name, void (*kernel)(P...), i64 grid_x, i64 grid_y, i64 shared_bytes, i64 ctx,
+                        std::common_type_t<P>... args) {
+    Machine::current().run(name, {grid_x, grid_y, kThreads, static_cast<std::size_t>(shared_bytes)},
+                           static_cast<std::uint64_t>(ctx), [&] { kernel(args...); });
 }
 
 template <int kBlocksPerMultiprocessor, class... P>
@@ -155,3 +167,5 @@ void launch_cooperative(const char* name, void (*kernel)(P...), i64 grid_x, i64 
 }
 
 }  // namespace FASTRES_BACKEND
+
+#include "warp.h"

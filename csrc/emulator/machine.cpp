@@ -5,6 +5,7 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "async.h"
 #include "chip.h"
 #include "hopper.h"
 
@@ -87,6 +88,7 @@ void Machine::prepare(std::size_t blocks) {
         stacks_ = std::make_unique<Stacks>(static_cast<int>(total), kStackBytes);
         pool_.clear();
         pool_.resize(total);
+        copies_.resize(total);
     }
     order_.resize(threads);
     std::iota(order_.begin(), order_.end(), 0);
@@ -96,6 +98,7 @@ void Machine::prepare(std::size_t blocks) {
         blocks_[b].first = static_cast<int>(b * threads);
         blocks_[b].threads = pool_.data() + b * threads;
         blocks_[b].mail.assign((threads + kWarp - 1) / kWarp * 2 * kWarp, 0);
+        blocks_[b].wide.assign(blocks_[b].mail.size() * kSlotBytes, 0);
     }
 }
 
@@ -151,6 +154,7 @@ void Machine::begin(Block& block, std::uint64_t number) {
         Thread& thread = block.threads[t];
         thread.state = State::kReady;
         thread.round = 0;
+        copies_[static_cast<std::size_t>(block.first + t)].clear();
         thread.fiber.start(&Machine::fiber_main, (*stacks_)[block.first + t], stacks_->bytes());
     }
 }
@@ -170,6 +174,7 @@ void Machine::run_blocks() {
             }
         }
     } while (release_grid());
+    meter.settle();
 }
 
 // Every thread of the block goes on to its next wait. False if all have returned or wait for the grid.
@@ -192,6 +197,7 @@ void Machine::fiber_main() {
     try {
         (*machine.body_)();
         machine.hopper().on_return(machine);
+        if (machine.copies().in_flight()) machine.fault("returns with asynchronous copies in flight");
     } catch (const std::exception& e) {
         machine.error_ = e.what();
     }
@@ -214,6 +220,8 @@ void Machine::wait_until(const std::function<bool()>& ready, const char* kind, S
     wait(State::kCondition, kind, site);
 }
 
+Copies& Machine::copies() { return copies_[static_cast<std::size_t>(fiber())]; }
+
 void Machine::barrier(Site site) { wait(State::kBarrier, "sync_block", site); }
 
 void Machine::grid_barrier(Site site) {
@@ -227,6 +235,16 @@ const std::uint64_t* Machine::exchange(const char* kind, std::uint64_t value, Si
     std::uint64_t* const slots =
         &block_->mail[static_cast<std::size_t>(self / kWarp * 2 + static_cast<int>(round % 2)) * kWarp];
     slots[self % kWarp] = value;
+    wait(State::kWarp, kind, site);
+    return slots;
+}
+
+const unsigned char* Machine::exchange_wide(const char* kind, const void* bytes, std::size_t size, Site site) {
+    const int self = thread_;
+    const unsigned round = block_->threads[self].round++;
+    unsigned char* const slots =
+        &block_->wide[static_cast<std::size_t>(self / kWarp * 2 + static_cast<int>(round % 2)) * kWarp * kSlotBytes];
+    std::memcpy(slots + self % kWarp * kSlotBytes, bytes, size);
     wait(State::kWarp, kind, site);
     return slots;
 }

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "counters.h"
 #include "fiber.h"
 
 namespace fastres::emulator {
@@ -39,10 +40,13 @@ struct Grid {
     int blocks_per_multiprocessor = 0;  // cooperative launch: what the kernel's registers allow; 0: an ordinary one
 };
 
+class Copies;
 class Hopper;
 
 class Machine {
   public:
+    static constexpr int kSlotBytes = 32;  // that a lane can publish at once
+
     Machine();
     ~Machine();
 
@@ -65,6 +69,15 @@ class Machine {
     void grid_barrier(Site site);
     // Publishes 8 bytes, waits for the warp, and returns the 32 values published; `kind` names the collective.
     const std::uint64_t* exchange(const char* kind, std::uint64_t value, Site site);
+    // The same for up to kSlotBytes: lane i's begin at i * kSlotBytes.
+    const unsigned char* exchange_wide(const char* kind, const void* bytes, std::size_t size, Site site);
+
+    // The running thread's asynchronous copies.
+    Copies& copies();
+    // Number of the running thread among all that live at once.
+    int fiber() const { return block_->first + thread_; }
+
+    Meter meter;
 
     // The array behind one SHARED declaration: same `key`, same memory for every thread of the block.
     SharedArray& shared(const void* key, std::size_t element, std::size_t count, Site site);
@@ -100,6 +113,7 @@ class Machine {
         std::uint64_t phase = 1;
         bool stuck = false;               // every thread has returned or waits for the grid
         std::vector<std::uint64_t> mail;  // [warps][2][32]
+        std::vector<unsigned char> wide;  // [warps][2][32][kSlotBytes]
         std::vector<std::pair<const void*, std::unique_ptr<SharedArray>>> arrays;
         std::shared_ptr<Hopper> hopper;
     };
@@ -128,6 +142,7 @@ class Machine {
     Fiber host_;
     std::unique_ptr<Stacks> stacks_;
     std::vector<Thread> pool_;
+    std::vector<Copies> copies_;  // of each thread in the pool
     std::vector<int> order_;
     std::vector<Block> blocks_;  // those that run at once
     Block* block_ = nullptr;
