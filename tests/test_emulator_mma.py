@@ -6,34 +6,15 @@ Expected registers follow the tables of the PTX ISA ("Matrix fragments for mma",
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from emulated import CSRC, build_emulated
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
 THREADS, WARP, WARPS = 256, 32, 8
 SEEDS = (0, 1, 41)
 COUNTS = ("loaded", "stored", "loaded_once", "stored_once", "wavefronts", "matrix", "load", "store")
-FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
-
-
-def build_emulated(source: Path, path: Path, *extra: str) -> ctypes.CDLL:
-    """``source`` compiled with the emulator as it is for the module; skips without a compiler."""
-    named = os.environ.get("CXX", "").split()
-    cxx = next((p for c in [*named[:1], "c++", "g++", "clang++"] if (p := shutil.which(c))), None)
-    if cxx is None:
-        pytest.skip("no C++ compiler (CXX, c++, g++, clang++) to build the emulator's selftest")
-    parts = sorted(p for p in (CSRC / "emulator").glob("*.cpp") if p.name != "module.cpp")
-    flags = [*FLAGS, "-Wno-psabi", "-DFASTRES_EMULATE", "-DFASTRES_BACKEND=emulator", f"-I{CSRC}", *extra]
-    command = [cxx, *flags, "-x", "c++", str(source), *map(str, parts), "-o", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr, f"{' '.join(command)}\n{done.stderr}"
-    return ctypes.CDLL(str(path))
 
 
 @pytest.fixture(scope="module")

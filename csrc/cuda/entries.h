@@ -9,6 +9,7 @@ inline void cuda_entries(pybind11::module_& m) {
     ENTRY(bn_one_pass_fwd);
     ENTRY(bn_one_pass_bwd);
     ENTRY(shifted_rows);
+    ENTRY(bottleneck_eval);
 }
 
 }  // namespace FASTRES_BACKEND

@@ -26,4 +26,12 @@ void bn_one_pass_bwd(int dtype, const void* grad, const void* x, i64 M, i64 C, c
 // layout.
 void shifted_rows(const void* x, const void* identity, i64 shift, int planar, void* out, i64 ctx);
 
+// ---- bottleneck in evaluation, batch normalisations folded into the weights, stride 1: out [N, H, W, K] =
+// relu(conv3(relu(conv2(relu(conv1(x) + b1)) + b2)) + b3 + shortcut), x [N, H, W, C]; conv1 1x1 to `mid` channels,
+// conv2 3x3 with padding 1, conv3 1x1. shortcut: x, or with `projected` a 1x1 convolution of x.
+// weights: packed (fastres/backends/fragments.py). bias float [b1, b2, b3], the projection's added to b3. bfloat16 or
+// float16; every address a multiple of 16 bytes. Throws std::invalid_argument for sizes that it has no kernel for.
+void bottleneck_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, i64 mid, i64 K, int projected,
+                     const void* weights, const void* bias, void* out, i64 ctx);
+
 }  // namespace FASTRES_BACKEND

@@ -13,17 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastres import convolution as conv_lib
-from fastres import dispatch
+from fastres import dispatch, whole_block
 from fastres.ops.bn import as_given, nhwc
 from fastres.ops.conv_bn_act import conv_bias_act, fold_conv_bn
 from fastres.ops.params import ConvBN, compute_dtype
 
 
 class Folded:
-    """One convolution with its BN folded in: weight, bias, and the weight as oneDNN stores it once that was asked."""
+    """One convolution with its BN folded in: weight, bias, and the weight as oneDNN stores it once that was asked.
+
+    In a block that runs as one kernel the first unit also keeps what that kernel reads.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor):
         self.weight, self.bias, self.packed = weight, bias, None
+        self.stream: tuple[Tensor, Tensor] | None = None  # of a block's first unit: the whole block packed
 
 
 _CACHE: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
@@ -94,11 +98,34 @@ def folded_block(owner: nn.Module, x: Tensor, convs: Sequence[ConvBN], shortcut:
     dtype = compute_dtype(x)
     x = x.to(dtype)
     weights = folded(owner, [*convs, shortcut] if shortcut is not None else convs, dtype)
-    residual = x if shortcut is None else _convolve(x, shortcut, weights[-1], None, False)
-    last = len(convs) - 1
-    for i in range(last):
-        x = _convolve(x, convs[i], weights[i], None, True)
-    return _convolve(x, convs[last], weights[last], residual, True)
+
+    def separate() -> Tensor:
+        h, last = x, len(convs) - 1
+        residual = x if shortcut is None else _convolve(x, shortcut, weights[-1], None, False)
+        for i in range(last):
+            h = _convolve(h, convs[i], weights[i], None, True)
+        return _convolve(h, convs[last], weights[last], residual, True)
+
+    shape = whole_block.shape_of(x, convs, shortcut)
+    if shape is not None:
+        kernels = whole_block.kernels_for(x, shape, separate, lambda k: _in_one(k, x, shape, weights))
+        if kernels is not None:
+            return _in_one(kernels, x, shape, weights)
+    return separate()
+
+
+def _in_one(kernels, x: Tensor, shape, units: list[Folded]) -> Tensor:
+    """The block by the kernel that serves it."""
+    if units[0].stream is None:
+        units[0].stream = whole_block.pack(units)
+    given, x = x, nhwc(x)
+    if x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.channels_last)
+    out = torch.empty(
+        (shape.N, shape.K, shape.H, shape.W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    kernels.bottleneck_eval(x, *units[0].stream, shape.mid, shape.projected, out)
+    return as_given(out, given)
 
 
 def folded_stem(owner: nn.Module, x: Tensor, conv: ConvBN, kernel: int, stride: int, padding: int) -> Tensor:

@@ -1,0 +1,45 @@
+"""CUDA sources compiled with the emulator into a library of their own: kernels that no module has."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+FLAGS = ("-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+
+
+@functools.cache
+def _machine(cxx: str) -> tuple[str, ...]:
+    """Object files of the emulator, which no kernel changes."""
+    folder = Path(tempfile.mkdtemp(prefix="fastres-emulator-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    objects = []
+    for source in sorted(p for p in (CSRC / "emulator").glob("*.cpp") if p.name != "module.cpp"):
+        objects.append(str(folder / f"{source.stem}.o"))
+        _compile([cxx, *FLAGS, "-c", str(source), "-o", objects[-1]])
+    return tuple(objects)
+
+
+def _compile(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, f"{' '.join(command)}\n{done.stderr}"
+
+
+def build_emulated(source: Path, path: Path, *, csrc: Path = CSRC) -> ctypes.CDLL:
+    """``source`` compiled against ``csrc`` as CMake compiles the module; skips without a compiler."""
+    named = os.environ.get("CXX", "").split()
+    cxx = next((p for c in [*named[:1], "c++", "g++", "clang++"] if (p := shutil.which(c))), None)
+    if cxx is None:
+        pytest.skip("no C++ compiler (CXX, c++, g++, clang++) to build the emulator's selftest")
+    flags = [*FLAGS, "-Wno-psabi", "-DFASTRES_EMULATE", "-DFASTRES_BACKEND=emulator", f"-I{csrc}"]
+    _compile([cxx, *flags, "-shared", "-x", "c++", str(source), "-x", "none", *_machine(cxx), "-o", str(path)])
+    return ctypes.CDLL(str(path))
