@@ -47,43 +47,48 @@ DEVICE TilePlace place_of(const BottleneckShape& s, int tile) {
 }
 
 // Whether this warp has a row of the output.
-DEVICE bool has_output(const BottleneckShape& s, const TilePlace& at) {
-    const int row = kRowsPerWarp * (thread_index() / kWarp);
+DEVICE bool has_output(const BottleneckShape& s, const TilePlace& at, int warp) {
+    const int row = kRowsPerWarp * warp;
     return row < kTile && at.h0 + row < s.H;
 }
 
 // Image `at.image` of so many channels, at this lane's share of each kBlock of them.
 template <int kBlock, class T>
-DEVICE T* image_of(const BottleneckShape& s, T* t, const TilePlace& at, int channels) {
-    return t + (static_cast<i64>(at.image) * s.H * s.W * channels + thread_index() % 4 * (kBlock / 4));
+DEVICE T* image_of(const BottleneckShape& s, T* t, const TilePlace& at, int channels, int lane) {
+    return t + (static_cast<i64>(at.image) * s.H * s.W * channels + lane % 4 * (kBlock / 4));
 }
 
 // The pixels of this lane in row `h` of the image, columns w0 + lane/4 and 8 more; `columns` of them count.
-DEVICE PixelPair pixels(const BottleneckShape& s, int h, int w0, int columns) {
+DEVICE PixelPair pixels(const BottleneckShape& s, int h, int w0, int columns, int lane) {
     PixelPair pair;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-        const int column = thread_index() % kWarp / 4 + 8 * e, w = w0 + column;
+        const int column = lane / 4 + 8 * e, w = w0 + column;
         const bool there = h >= 0 && h < s.H && w >= 0 && w < s.W && column < columns;
         pair.p[e] = there ? h * s.W + w : -1;
     }
     return pair;
 }
 
-// Sums that begin with the bias: eight channels of each 32 a lane, as row_of() finds them.
 template <int kTiles>
-DEVICE void begin_with(Sums<kRowsPerWarp, kTiles>& d, const float* bias) {
+DEVICE void clear(Sums<kRowsPerWarp, kTiles>& d) {
 #pragma unroll
-    for (int j = 0; j < kTiles; j += 2) {
-        const Word4 b = load16_or_zero(bias + j / 4 * 32 + thread_index() % 4 * kVec + j % 4 * 2, true);
+    for (int i = 0; i < kRowsPerWarp; ++i) {
 #pragma unroll
-        for (int i = 0; i < kRowsPerWarp; ++i) {
+        for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                d[i][j][e] = bits_float(b.w[e % 2]);
-                d[i][j + 1][e] = bits_float(b.w[2 + e % 2]);
-            }
+            for (int e = 0; e < 4; ++e) d[i][j][e] = 0;
         }
+    }
+}
+
+// Eight channels. Loaded where they are needed: not before, as there are no registers to keep them.
+DEVICE void load_bias(float (&b)[kVec], const float* bias) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const Word4 v = load16_or_zero(bias + 4 * half, true);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) b[4 * half + j] = bits_float(v.w[j]);
     }
 }
 
@@ -91,21 +96,21 @@ DEVICE void begin_with(Sums<kRowsPerWarp, kTiles>& d, const float* bias) {
 template <class T, int kMid, class S, class W>
 DEVICE void conv1(const BottleneckShape& s, const T* x, const float* bias, const TilePlace& at, S shared, W& weights) {
     constexpr int kTiles = kMid / 8, kSteps = 256 / kMid;  // of 16 channels in a chunk
-    const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
+    const int thread = afresh(thread_index()), warp = thread / kWarp, lane = thread % kWarp;
     PixelPair from[kRowsPerWarp];
     u32 ahead[kRowsPerWarp][4];
-    x = image_of<16>(s, x, at, s.C);
+    x = image_of<16>(s, x, at, s.C, lane);
+    Sums<kRowsPerWarp, kTiles> d;
+    clear<kTiles>(d);
 #pragma unroll
     for (int i = 0; i < kRowsPerWarp; ++i) {
-        from[i] = pixels(s, at.h0 - 1 + kRowsPerWarp * warp + i, at.w0 - 1, kHalo);
+        from[i] = pixels(s, at.h0 - 1 + kRowsPerWarp * warp + i, at.w0 - 1, kHalo, lane);
         load_operand(ahead[i], x, from[i], s.C, 0);
     }
-    Sums<kRowsPerWarp, kTiles> d;
-    begin_with<kTiles>(d, bias);
 #pragma unroll 1
     for (int c = 0; c < s.C;) {
-        const int stage = weights.take();
-#pragma unroll
+        const int stage = weights.take() + lane;
+#pragma unroll 1  // unrolled, more steps of x are loaded ahead than there are registers for
         for (int k = 0; k < kSteps; ++k) {
             c += 16;
             u32 a[kRowsPerWarp][4];
@@ -120,12 +125,16 @@ DEVICE void conv1(const BottleneckShape& s, const T* x, const float* bias, const
     }
 #pragma unroll
     for (int group = 0; group < kMid / 32; ++group) {
+        float b[kVec];
+        load_bias(b, bias + 32 * group + lane % 4 * kVec);
 #pragma unroll
         for (int i = 0; i < kRowsPerWarp; ++i) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 float y[kVec];
                 row_of<kTiles>(y, d[i], 4 * group, e);
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) y[j] += b[j];
                 Word4 packed = relu_pack<T>(y);
                 if (from[i].p[e] < 0) packed = Word4{{0, 0, 0, 0}};  // padding is zero after the bias
                 const int pixel = (kRowsPerWarp * warp + i) * kHalo + lane / 4 + 8 * e;
@@ -137,21 +146,15 @@ DEVICE void conv1(const BottleneckShape& s, const T* x, const float* bias, const
 
 // conv2 from shared memory into registers: y2[k step][row][4], the left operand of conv3.
 template <class T, int kMid, class S, class W>
-DEVICE void conv2(const float* bias, S shared, W& weights, bool active, u32 (&y2)[kMid / 16][kRowsPerWarp][4]) {
+DEVICE void conv2(const BottleneckShape& s, const float* bias, const TilePlace& at, S shared, W& weights,
+                  u32 (&y2)[kMid / 16][kRowsPerWarp][4]) {
     constexpr int kTiles = kMid / 8, kParts = kMid * kMid / 4096, kSteps = 256 / kMid;  // chunks of a tap, their steps
-    const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
+    const int thread = afresh(thread_index()), warp = thread / kWarp, lane = thread % kWarp;
     // A product has 16 rows, the tile 14 columns: the last two lanes' rows repeat the 14th and are dropped.
     const int column = least(lane % 16, kTile - 1);
+    const bool active = has_output(s, at, warp);
     Sums<kRowsPerWarp, kTiles> d;
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-        const Word2 b = load8(bias + 8 * j + lane % 4 * 2);
-#pragma unroll
-        for (int i = 0; i < kRowsPerWarp; ++i) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) d[i][j][e] = bits_float(b.w[e % 2]);
-        }
-    }
+    clear<kTiles>(d);
 #pragma unroll 1
     for (int r = 0; r < 3; ++r) {
 #pragma unroll 1
@@ -159,7 +162,7 @@ DEVICE void conv2(const float* bias, S shared, W& weights, bool active, u32 (&y2
             const int pixel = (kRowsPerWarp * warp + r) * kHalo + column + t;
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
-                const int stage = weights.take();
+                const int stage = weights.take() + lane;
                 if (!active) continue;
 #pragma unroll
                 for (int k = 0; k < kSteps; ++k) {
@@ -176,11 +179,13 @@ DEVICE void conv2(const float* bias, S shared, W& weights, bool active, u32 (&y2
     }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
+        const Word2 b = load8_or_zero(bias + 8 * j + lane % 4 * 2, true);
 #pragma unroll
         for (int i = 0; i < kRowsPerWarp; ++i) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                y2[j / 2][i][j % 2 * 2 + e] = pack2<T>(relu(d[i][j][2 * e]), relu(d[i][j][2 * e + 1]));
+                y2[j / 2][i][j % 2 * 2 + e] =
+                    pack2<T>(relu(d[i][j][2 * e] + bits_float(b.w[0])), relu(d[i][j][2 * e + 1] + bits_float(b.w[1])));
             }
         }
     }
@@ -193,21 +198,21 @@ DEVICE void conv3(const BottleneckShape& s, const T* x, const float* bias, const
     constexpr int kSteps = kMid / 16, kFragments = 2 * kSteps * (kProjected ? 2 : 1);
     constexpr int kGroups = kChunkFragments / kFragments;  // of 32 channels in a chunk
     static_assert(kGroups * kFragments == kChunkFragments);
-    const int warp = thread_index() / kWarp;
-    const bool active = has_output(s, at);
+    const int thread = afresh(thread_index()), warp = thread / kWarp, lane = thread % kWarp;
+    const bool active = has_output(s, at, warp);
     PixelPair pixel[kRowsPerWarp];
-    x = image_of<kProjected ? 16 : 32>(s, x, at, s.C);
-    out = image_of<32>(s, out, at, s.K);
+    x = image_of<kProjected ? 16 : 32>(s, x, at, s.C, lane);
+    out = image_of<32>(s, out, at, s.K, lane);
 #pragma unroll
-    for (int i = 0; i < kRowsPerWarp; ++i) pixel[i] = pixels(s, at.h0 + kRowsPerWarp * warp + i, at.w0, kTile);
+    for (int i = 0; i < kRowsPerWarp; ++i) pixel[i] = pixels(s, at.h0 + kRowsPerWarp * warp + i, at.w0, kTile, lane);
 #pragma unroll 1
     for (int channel = 0; channel < s.K;) {
-        const int stage = weights.take();
+        const int stage = weights.take() + lane;
         if (!active) {
             channel += 32 * kGroups;
             continue;
         }
-#pragma unroll
+#pragma unroll 1
         for (int group = 0; group < kGroups; ++group, channel += 32) {
             Word4 residual[kRowsPerWarp][2];
             if constexpr (!kProjected) {
@@ -215,14 +220,14 @@ DEVICE void conv3(const BottleneckShape& s, const T* x, const float* bias, const
                 for (int i = 0; i < kRowsPerWarp; ++i) load_pixels(residual[i], x, pixel[i], s.C, channel);
             }
             Sums<kRowsPerWarp, 4> z;
-            begin_with<4>(z, bias + channel);
+            clear<4>(z);
             const int first = stage + group * kFragments * kFragmentUnits;
 #pragma unroll
             for (int k = 0; k < kSteps; ++k) {
                 step<T, kRowsPerWarp, 4>(z, y2[k], shared, first + 2 * k * kFragmentUnits);
             }
             if constexpr (kProjected) {
-#pragma unroll
+#pragma unroll 1
                 for (int k = 0; k < kSteps; ++k) {  // x from L1
                     u32 a[kRowsPerWarp][4];
 #pragma unroll
@@ -230,12 +235,16 @@ DEVICE void conv3(const BottleneckShape& s, const T* x, const float* bias, const
                     step<T, kRowsPerWarp, 4>(z, a, shared, first + 2 * (kSteps + k) * kFragmentUnits);
                 }
             }
+            float b[kVec];
+            load_bias(b, bias + channel + lane % 4 * kVec);
 #pragma unroll
             for (int i = 0; i < kRowsPerWarp; ++i) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     float v[kVec];
                     row_of<4>(v, z[i], 0, e);
+#pragma unroll
+                    for (int j = 0; j < kVec; ++j) v[j] += b[j];
                     if constexpr (!kProjected) {
                         const Word4& w = residual[i][e];
                         float r[kVec];
@@ -253,7 +262,7 @@ DEVICE void conv3(const BottleneckShape& s, const T* x, const float* bias, const
 
 // bias: b1 [kMid], b2 [kMid], b3 [K], the projection's added to b3.
 template <class T, int kMid, bool kProjected>
-KERNEL(kBlocksEach<kMid>)
+KERNEL(kFits128Registers ? kBlocksEach<kMid> : 1)
 bottleneck_eval_kernel(BottleneckShape s, const T* x, const void* packed, const float* bias, T* out) {
     DYNAMIC_SHARED(Word4, shared);
     const int first = static_cast<int>(block_x()), stride = static_cast<int>(grid_x());
@@ -261,7 +270,7 @@ bottleneck_eval_kernel(BottleneckShape s, const T* x, const void* packed, const 
     for (int tile = first; tile < s.tiles; tile += stride) {
         conv1<T, kMid>(s, x, bias, place_of(s, tile), shared, weights);
         u32 y2[kMid / 16][kRowsPerWarp][4];
-        conv2<T, kMid>(bias + kMid, shared, weights, has_output(s, place_of(s, afresh(tile))), y2);
+        conv2<T, kMid>(s, bias + kMid, place_of(s, afresh(tile)), shared, weights, y2);
         conv3<T, kMid, kProjected>(s, x, bias + 2 * kMid, place_of(s, afresh(tile)), shared, weights, y2, out);
     }
     weights.finish();

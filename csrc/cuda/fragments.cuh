@@ -41,7 +41,8 @@ class Stream {
   private:
     DEVICE void issue(int stage) {
 #pragma unroll
-        for (int i = thread_index(); i < kChunkUnits; i += kThreads) {
+        for (int first = 0; first < kChunkUnits; first += kThreads) {
+            const int i = first + afresh(thread_index());
             copy_async16(shared_, base_ + stage * kChunkUnits + i, source_ + next_ * kChunkUnits + i);
         }
         copy_async_commit();
@@ -59,13 +60,12 @@ class Stream {
 template <int kRows, int kTiles>
 using Sums = float[kRows][kTiles][4];
 
-// One step of 16 along k: `fragment` is the Word4 where the fragments of all columns begin.
+// One step of 16 along k: `fragment` is the Word4 where this lane's share of the fragments of all columns begins.
 template <class T, int kRows, int kTiles, class S>
 DEVICE void step(Sums<kRows, kTiles>& d, const u32 (&a)[kRows][4], S shared, int fragment) {
-    const int lane = thread_index() % kWarp;
 #pragma unroll
     for (int f = 0; f < kTiles / 2; ++f) {
-        const Word4 b = load_shared16(shared, fragment + f * kFragmentUnits + lane);
+        const Word4 b = load_shared16(shared, fragment + f * kFragmentUnits);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
             multiply_add<T>(d[i][2 * f], a[i], b.w[0], b.w[1]);

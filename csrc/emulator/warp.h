@@ -12,6 +12,8 @@ using fastres::emulator::Access;
 
 static_assert(sizeof(Word4) == fastres::emulator::kCopyBytes);
 
+constexpr bool kFits128Registers = true;
+
 inline int afresh(int v) { return v; }
 
 // ---- 16-byte access to shared memory; `i` counts Word4s
