@@ -10,8 +10,8 @@ Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 #: Work that may ride along, by kind; the arguments of ``backends/reference_conv.py`` they stand for.
 HOOKS = {
     "fprop": ("prologue", "bias", "residual", "relu", "stats"),  # stat, bias, residual, relu, part
-    "dgrad": ("pre", "add", "mask", "act", "reduce", "y"),  # pre, add, mask, act + stat, part, y
-    "wgrad": ("pre", "prologue"),  # pre, stat
+    "dgrad": ("pre", "bits", "add", "mask", "act", "reduce", "y"),  # pre, bits, add, mask, act + stat, part, y
+    "wgrad": ("pre", "bits", "prologue"),  # pre, bits, stat
 }
 
 

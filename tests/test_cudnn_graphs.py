@@ -97,7 +97,7 @@ def test_vanishing_variance_is_not_negative(fake):
 def test_every_hook_has_a_say():
     """A hook added to ``problem.HOOKS`` is either drawn or refused."""
     drawn = {(kind, hook) for kind, hooks in SERVED for hook in hooks}
-    refused = {("dgrad", "mask"), ("wgrad", "pre")}
+    refused = {("dgrad", "mask"), ("dgrad", "bits"), ("wgrad", "pre"), ("wgrad", "bits")}
     assert {(kind, hook) for kind, hooks in HOOKS.items() for hook in hooks} == drawn | refused
 
 

@@ -85,7 +85,11 @@ def launch(kind: str, problem, hooks: tuple[str, ...], config, type: str = "bf16
     c, k = Tensor("fp32", (5, p.C)), Tensor("fp32", (5, p.K))
     parts = module.parts(kind, p, config) if hooks & {"stats", "reduce"} else 0
     part = Tensor("fp32", (3 if kind == "fprop" else 2, parts, p.K if kind == "fprop" else p.C))
-    pre = (y, k, Tensor("fp32", (3, p.K))) if "pre" in hooks else None
+    pre = {}
+    if "pre" in hooks:
+        pre = {"pre": y, "pre_stat": k, "coef": Tensor("fp32", (3, p.K))}
+        if "bits" in hooks:
+            pre["bits"] = Tensor("u8", (p.N * p.P * p.Q, -(-p.K // 8)))
 
     def given(hook, value):
         return value if hook in hooks else None
@@ -98,11 +102,11 @@ def launch(kind: str, problem, hooks: tuple[str, ...], config, type: str = "bf16
             )  # fmt: skip
         elif kind == "dgrad":
             module.conv_dgrad(
-                y, w, p.geometry, x, pre=pre, add=given("add", x), mask=given("mask", mask), act=given("act", x),
+                y, w, p.geometry, x, **pre, add=given("add", x), mask=given("mask", mask), act=given("act", x),
                 stat=given("act", c), part=given("reduce", part), y=given("y", x), config=config,
             )  # fmt: skip
         else:
-            module.conv_wgrad(y, x, p.geometry, w, pre=pre, stat=given("prologue", c), config=config)
+            module.conv_wgrad(y, x, p.geometry, w, **pre, stat=given("prologue", c), config=config)
     return launches
 
 
@@ -126,8 +130,8 @@ def kernel_of(kind: str, problem, hooks: tuple[str, ...]) -> plans.Kernel:
     """The launch as the performance model sees it, bf16."""
     p, hooks = problem, set(hooks)
     x, y = plans.Buffer("x", 2 * p.elements[0]), plans.Buffer("y", 2 * p.elements[2])
-    bits = plans.Buffer("mask", p.elements[0] // 8)
-    extra = {"residual": y, "pre": y, "add": x, "mask": bits, "act": x}
+    mask, bits = plans.Buffer("mask", p.elements[0] // 8), plans.Buffer("bits", p.elements[2] // 8)
+    extra = {"residual": y, "pre": y, "bits": bits, "add": x, "mask": mask, "act": x}
     reads = tuple(extra[h] for h in sorted(hooks & set(extra)))
     found = plans.product(kind, p, "", "", "", reads, (x,) if "y" in hooks else ())
     # A row of a filter over few channels is one dense step (conv_narrow.py): its width is not that of a channel.
