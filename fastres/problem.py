@@ -89,6 +89,46 @@ class ConvRequest:
         return f"{self.kind}{riding} of {self.problem}, {self.dtype}"
 
 
+@dataclass(frozen=True)
+class OperandRequest:
+    """Which operands of one convolution are formed while it loads them, instead of by passes that write them first.
+
+    ``kind``: "forward", its fprop; "backward", its dgrad and its wgrad, which read one gradient. ``operands``: what is
+    on offer, ("prologue",), ("pre",) or both, in the order in which they are taken up. ``hooks``: what rides along with
+    the fprop or the dgrad anyway, and "bits" where a mask lies in front of "pre"; "y" is asked for by need.
+    """
+
+    kind: str
+    problem: ConvProblem
+    dtype: str
+    operands: tuple[str, ...]
+    hooks: tuple[str, ...] = ()
+    device: int = 0
+
+    @property
+    def plans(self) -> list[tuple[str, ...]]:
+        """What may be taken: nothing, the first operand, both. A second one without the first is left out: the pass
+        that it would spare is there for the other one as well."""
+        return [self.operands[:n] for n in range(len(self.operands) + 1)]
+
+    def convolutions(self, taken: tuple[str, ...]) -> list[ConvRequest]:
+        """The convolutions of a plan, as they are asked for."""
+
+        def request(kind, hooks):
+            return ConvRequest(kind, self.problem, self.dtype, tuple(sorted(hooks)), self.device)
+
+        hooks = set(self.hooks) - {"bits"}
+        if self.kind == "forward":
+            return [request("fprop", hooks | set(taken))]
+        pre = {"pre", *(set(self.hooks) & {"bits"})} if "pre" in taken else set()
+        y = {"y"} if "prologue" in self.operands and "prologue" not in taken else set()
+        return [request("dgrad", hooks | pre | y), request("wgrad", pre | (set(taken) & {"prologue"}))]
+
+    def __str__(self) -> str:
+        riding = f" + {', '.join(self.hooks)}" if self.hooks else ""
+        return f"{self.kind}{riding} of {self.problem}, {self.dtype}, operands {', '.join(self.operands)}"
+
+
 def problem_of(x_shape, w_shape, geometry: Geometry) -> ConvProblem:
     """The problem of x ``[N, C, H, W]`` and w ``[K, C/groups, R, S]``."""
     N, C, H, W = x_shape
