@@ -135,3 +135,45 @@ def problem_of(x_shape, w_shape, geometry: Geometry) -> ConvProblem:
     K, _, R, S = w_shape
     stride, padding, dilation, groups = geometry
     return ConvProblem(N, H, W, C, K, R, S, tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def arguments(kind: str, p: ConvProblem, hooks, parts: int, dtype: str, make) -> tuple[list, dict]:
+    """What a launcher of ``triton_kernels/conv_*.py`` takes, in order and by name, its outputs among it.
+
+    ``make(type, shape)`` stands for a tensor; types "float32", "uint8" and ``dtype``. ``parts``: tiles of ``part``.
+    """
+    hooks = set(hooks)
+    x, y = make(dtype, (p.N, p.C, p.H, p.W)), make(dtype, (p.N, p.K, p.P, p.Q))
+    w = make(dtype, (p.K, p.C // p.groups, p.R, p.S))
+    bytes_c, bytes_k = -(-p.C // 8), -(-p.K // 8)
+
+    def given(**tensors) -> dict:
+        """By hook: (name, type, shape) of what it brings along."""
+        return {
+            name: make(type, shape)
+            for hook, brought in tensors.items()
+            if hook in hooks
+            for name, type, shape in brought
+        }
+
+    if kind == "fprop":
+        named = given(
+            prologue=[("stat", "float32", (5, p.C))],
+            bias=[("bias", "float32", (p.K,))],
+            residual=[("residual", dtype, (p.N, p.K, p.P, p.Q))],
+            stats=[("part", "float32", (3, parts, p.K))],
+        )
+        return [x, w, p.geometry, y], {**named, "relu": "relu" in hooks}
+    gradient = [("pre", dtype, (p.N, p.K, p.P, p.Q)), ("pre_stat", "float32", (5, p.K)), ("coef", "float32", (3, p.K))]
+    named = given(pre=gradient, bits=[("bits", "uint8", (p.N * p.P * p.Q, bytes_k))])
+    like_x = (p.N, p.C, p.H, p.W)
+    if kind == "wgrad":
+        return [y, x, p.geometry, w], named | given(prologue=[("stat", "float32", (5, p.C))])
+    named |= given(
+        add=[("add", dtype, like_x)],
+        mask=[("mask", "uint8", (p.N * p.H * p.W, bytes_c))],
+        act=[("act", dtype, like_x), ("stat", "float32", (5, p.C))],
+        reduce=[("part", "float32", (2, parts, p.C))],
+        y=[("y", dtype, like_x)],
+    )
+    return [y, w, p.geometry, x], named

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fastres import tuning, tuning_check, tuning_operands, tuning_trial
+from fastres import tuning, tuning_check, tuning_compile, tuning_operands, tuning_trial
 from fastres.problem import ConvRequest, OperandRequest
 from fastres.tuning import LIBRARY, Choice
 
@@ -131,21 +131,31 @@ def record(model: torch.nn.Module, arguments: Sequence, train: bool, dtype: torc
 
 
 def tune_requests(
-    requests: Sequence[ConvRequest | OperandRequest], progress: Callable[[str, float], None], *, again: bool = True
+    requests: Sequence[ConvRequest | OperandRequest],
+    progress: Callable[[str, float], None],
+    *,
+    again: bool = True,
+    ahead: bool = True,
+    found: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Verify, measure and choose for each request; the winners are in force and on disk as they are found.
 
-    ``again``: verify also what has a verdict on disk already. Returns a row for each request, then for each convolution
+    ``again``: verify also what has a verdict on disk already; ``ahead``: compile all candidates beforehand, in
+    processes of their own; ``found`` hears of each row. Returns a row for each request, then for each convolution
     that some plan for operands wanted to know about besides.
     """
     rows: dict[ConvRequest | OperandRequest, Row] = {}
     plans = [r for r in requests if isinstance(r, OperandRequest)]
     total = len(requests)
+    if ahead:
+        progress("compiling all candidates", 0.0)
+        tuning_compile.ahead(convolutions(requests))
 
     def convolution(request: ConvRequest, done: int) -> Row:
         if request not in rows:
             said = functools.partial(_say, progress, str(request), done, total)
             rows[request] = _tuned(request, rows.get(replace(request, hooks=())), said, again)
+            found(rows[request])
         return rows[request]
 
     # A convolution without hooks first: it is what serves where nothing rides along. Then who serves without operands
@@ -154,8 +164,17 @@ def tune_requests(
         convolution(request, done)
     for done, request in enumerate(plans, total - len(plans)):
         rows[request] = _tuned_operands(request, functools.partial(convolution, done=done))
+        found(rows[request])
     progress("done", 1.0)
     return [rows[request] for request in dict.fromkeys([*requests, *rows])]
+
+
+def convolutions(requests: Sequence[ConvRequest | OperandRequest]) -> list[ConvRequest]:
+    """The distinct convolutions that a tuning of ``requests`` may look at."""
+    plain = [r for r in requests if isinstance(r, ConvRequest)]
+    for request in (r for r in requests if isinstance(r, OperandRequest)):
+        plain += [c for taken in request.plans for c in tuning_operands.needed(request, taken)]
+    return list(dict.fromkeys(plain))
 
 
 def _tuned_operands(request: OperandRequest, convolution: Callable[[ConvRequest], Row]) -> Row:

@@ -48,6 +48,7 @@ LAYERS = (
         "fastres.tuning",
         "fastres.tuning_cache",
         "fastres.tuning_check",
+        "fastres.tuning_compile",
         "fastres.tuning_operands",
         "fastres.tuning_run",
         "fastres.tuning_trial",

@@ -147,8 +147,27 @@ def patch_candidates(kind: str, problem, hooks, itemsize: int, capability) -> li
     return list(dict.fromkeys(found))
 
 
+#: Configurations that spilled when compiled for a chip (`docs/kernels/candidates.md`): (lowest compute capability of
+#: those compiled for, kind, hooks, configuration in words without its patch) -> what was seen.
+LEFT_OUT: dict[tuple, str] = {}
+#: Compute capabilities that were compiled for; those between are taken for the one below.
+COMPILED = ((8, 0), (8, 9), (9, 0), (10, 0))
+
+
+def _compiles(kind: str, hooks, itemsize: int, capability, config: ConvConfig) -> bool:
+    """Whether nothing is known against a 16-bit configuration on the compiler's side."""
+    chip = max((c for c in COMPILED if c <= tuple(capability)), default=COMPILED[0])
+    name = f"{config.kernel} {config.BM} {config.BN} {config.BK} w{config.num_warps} s{config.num_stages}"
+    return itemsize != 2 or (chip, kind, tuple(hooks), name) not in LEFT_OUT
+
+
 def candidates(kind: str, problem, hooks, itemsize: int, capability) -> tuple[ConvConfig, ...]:
     """Every configuration that can serve, the likeliest winner first."""
+    found = _candidates(kind, problem, hooks, itemsize, capability)
+    return tuple(c for c in found if _compiles(kind, hooks, itemsize, capability, c))
+
+
+def _candidates(kind: str, problem, hooks, itemsize: int, capability) -> tuple[ConvConfig, ...]:
     narrow = image_candidates(kind, problem, hooks, itemsize, capability)
     narrow += narrow_candidates(kind, problem, hooks)
     if kind == "wgrad":
@@ -303,7 +322,19 @@ RESNET50 = (
     *((H, C, C, 3, 2, 1) for H, C in ((56, 128), (28, 256), (14, 512))),
     *((H, C, K, 1, 2, 0) for H, C, K in ((56, 256, 512), (28, 512, 1024), (14, 1024, 2048))),
 )
-#: What rides along in training, by kind.
+#: Every set of hooks that an op asks for, by kind; of images (fewer than 16 channels) apart.
+ASKED = {
+    "fprop": (
+        (), ("stats",), ("bias",), ("bias", "relu"), ("bias", "relu", "residual"), ("prologue",), ("prologue", "stats"),
+    ),
+    "dgrad": (
+        (), ("act", "reduce"), ("act", "reduce", "y"), ("add",), ("add", "mask"), ("pre",), ("act", "pre", "reduce"),
+        ("act", "bits", "pre", "reduce"), ("add", "mask", "pre"), ("add", "pre"),
+    ),
+    "wgrad": ((), ("prologue",), ("pre",), ("bits", "pre"), ("pre", "prologue"), ("bits", "pre", "prologue")),
+}  # fmt: skip
+ASKED_OF_IMAGES = {"fprop": ((), ("stats",), ("bias", "relu")), "dgrad": (), "wgrad": ((),)}
+#: What rides along in training by default, by kind.
 TRAINING_HOOKS = {
     "fprop": (("stats",),),
     "dgrad": ((), ("act", "reduce", "y"), ("add",), ("add", "mask")),
