@@ -248,7 +248,10 @@ def dgrad_add(k, dy: Gradient, w: Tensor, g: Geometry, grad: Tensor, mask: Tenso
         dx = torch.empty(grad.shape, dtype=t.dtype, device=t.device, memory_format=_CL)
         module.conv_dgrad(t, w.contiguous(memory_format=_CL), g, dx, add=grad, mask=mask, config=config, **more)
         return dx
-    dx = dgrad(k, dy, grad, w, g)
+    return _add(k, dgrad(k, dy, grad, w, g), grad, mask)
+
+
+def _add(k, dx: Tensor, grad: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return dx.add_(grad)
     k.mask_add(dx, grad, mask, *_matrix(dx), dx)
@@ -274,6 +277,15 @@ def wgrad(k, dy: Gradient, h: Activation, w: Tensor, g: Geometry, with_bias: boo
     return (dw if dw.stride() == w.stride() else torch.empty_like(w).copy_(dw)), None
 
 
+def _both_library(x: Tensor, w: Tensor, g: Geometry, dy: Tensor, join, with_bias: bool) -> bool:
+    """Whether PyTorch's call serves dgrad and wgrad."""
+    shape, add = x.shape, None
+    if join is not None:
+        add = _choice("dgrad", _joined(join), shape, w, g, dy, join[0])
+    ours = add or _choice("dgrad", (), shape, w, g, dy) or (not with_bias and _choice("wgrad", (), shape, w, g, dy, x))
+    return not ours
+
+
 def backward(
     k, dy: Gradient, h: Activation, w: Tensor, g: Geometry, needs: tuple, join=None, taken: tuple | None = None
 ):
@@ -297,6 +309,9 @@ def backward(
             taken = _operands("backward", offered, hooks, (h.raw if act else h.tensor).shape, w, g, dy.like)
     dx = part = dw = db = None
     behind, load = False, "pre" in taken
+    if want_dx and want_dw and not act and not taken and _both_library(h.tensor, w, g, dy.like, join, want_db):
+        dx, dw, db = library.both(dy.written(k), h.tensor, w, g, want_db)
+        return (dx if join is None else _add(k, dx, *join)), part, behind, dw, db
     if want_dx and act:
         want_y = want_dw and h.tensor is None and "prologue" not in taken
         dx, part, behind = dgrad_act(k, dy, h, w, g, want_y, load)

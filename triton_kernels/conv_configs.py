@@ -149,7 +149,23 @@ def patch_candidates(kind: str, problem, hooks, itemsize: int, capability) -> li
 
 #: Configurations that spilled when compiled for a chip (`docs/kernels/candidates.md`): (lowest compute capability of
 #: those compiled for, kind, hooks, configuration in words without its patch) -> what was seen.
-LEFT_OUT: dict[tuple, str] = {}
+LEFT_OUT: dict[tuple, str] = {
+    ((8, 9), "dgrad", ("pre",), "gather 128 128 64 w8 s3"): "116736 bytes of shared memory of 101376",
+    ((8, 9), "dgrad", ("add", "pre"), "gather 128 128 64 w8 s3"): "116736 bytes of shared memory of 101376",
+    ((8, 9), "dgrad", ("add", "mask", "pre"), "gather 128 128 64 w8 s3"): "116736 bytes of shared memory of 101376",
+    ((8, 9), "wgrad", (), "narrow 128 64 64 w8 s2"): "3 spills",
+    ((8, 9), "wgrad", ("prologue",), "wgrad_gather 64 64 64 w4 s3"): "2 spills",
+    ((9, 0), "dgrad", ("act", "reduce", "y"), "rows 128 128 64 w8 s1"): "12 spills",
+    ((9, 0), "wgrad", ("pre", "prologue"), "wgrad_patch 128 64 64 w4 s4"): "11 spills",
+    ((9, 0), "wgrad", ("bits", "pre", "prologue"), "wgrad_patch 128 64 64 w4 s4"): "39 to 46 spills",
+    ((10, 0), "fprop", ("stats",), "gather 128 256 64 w8 s3"): "300 spills",
+    ((10, 0), "fprop", ("stats",), "gather 256 128 64 w8 s3"): "306 spills",
+    ((10, 0), "fprop", ("prologue",), "gather 64 128 64 w8 s3"): "2 spills",
+    ((10, 0), "fprop", ("bias", "relu", "residual"), "rows 128 128 64 w4 s1"): "204 spills",
+    ((10, 0), "dgrad", ("pre",), "gather 128 128 64 w8 s3"): "17 spills",
+    ((10, 0), "wgrad", (), "narrow 64 64 64 w8 s2"): "2 spills",
+    ((10, 0), "wgrad", ("pre",), "wgrad_patch 64 64 64 w4 s3"): "2 spills",
+}
 #: Compute capabilities that were compiled for; those between are taken for the one below.
 COMPILED = ((8, 0), (8, 9), (9, 0), (10, 0))
 
@@ -259,7 +275,9 @@ def wgrad_candidates(kind: str, problem, hooks, itemsize: int, capability) -> li
                 found += [ConvConfig("wgrad_patch", BM, BN, BK, warps, stages, shape) for shape in shapes]
     for BM, BN, BK, warps, stages in ((64, 128, 128, 8, 3), (64, 64, 64, 4, 3), (32, 32, 32, 4, 3)):
         config = ConvConfig("wgrad_gather", BM, min(BN, _least(K)), min(BK, _least(C)), warps, stages)
-        if config not in found and not ((itemsize == 4 or hooks) and BN * BK > 4096):
+        # Fewer than 64 channels of dy leave no room for Hopper's larger instruction.
+        small = capability >= (9, 0) and itemsize == 2 and found and config.BN < 64
+        if config not in found and not small and not ((itemsize == 4 or hooks) and BN * BK > 4096):
             found.append(config)
             if found[0].kernel == "wgrad_patch":
                 break

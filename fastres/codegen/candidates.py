@@ -92,8 +92,9 @@ What `fastres.tune` may try in 16 bits on the layers of ResNet-50 (batch 256, bf
 ride along: compiled offline for each target, read back from the machine code. Once for each configuration, filter and
 set of hooks, on the layer with the most trips of the main loop. The run fails, and this page is not written, unless
 every one has no spills and no stack, stays within the registers and the shared memory of its target, uses tensor cores
-(HGMMA on sm_90), and copies asynchronously in its main loop wherever there is more than one trip. No GPU was involved.
-Float32 configurations are not on this page; like all others they are verified on the GPU before they serve.
+(HGMMA on sm_90, but for images of three channels by pointers), and copies asynchronously in its main loop wherever
+there is more than one trip. No GPU was involved. Float32 configurations are not on this page; like all others they
+are verified on the GPU before they serve.
 
 Columns: registers of a thread, KiB of shared memory of a block, tensor-core instructions and asynchronous copies in
 the main loop ([conv.md](conv.md) has the words); `*`: the loop was unrolled; `-`: not offered there. {conv.AMD}: a
@@ -110,9 +111,9 @@ Configurations that `conv_configs.candidates` would offer and does not, on what 
 
 
 def problems(row: conv.Row) -> list[str]:
-    """What `conv.Row` holds against a row, and HGMMA on sm_90 whoever feeds it."""
+    """What `conv.Row` holds against a row, and HGMMA on sm_90 whoever feeds it; images of three channels excepted."""
     found = list(row.problems)
-    if row.arch == "sm_90" and "HGMMA" not in row.mma and not found:
+    if row.arch == "sm_90" and "HGMMA" not in row.mma and not row.odd and not found:
         found.append(f"sm_90 {row.kind} ({row.hooks}) {label(row)}: {row.mma}; expected HGMMA")
     return found
 

@@ -181,7 +181,11 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
         if i == 0 and wants:
             # The gradient of x by way of the shortcut.
             if c.projected:
-                join = riding.dgrad(k, riding.Gradient(dres), x, weights[n], c.g[n]), None
+                wanted = True, need(n, 0), need(n, 1)
+                dx, _, _, *dparams[n][:2] = riding.backward(
+                    k, riding.Gradient(dres), source(0), weights[n], c.g[n], wanted
+                )
+                join = dx, None
             elif kind == IDENTITY:
                 join = grad, mask
         dh, part, behind, dparams[i][0], dparams[i][1] = riding.backward(
@@ -196,13 +200,17 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
             dy = riding.Gradient(dy=dh, raw=acts[i - 1], stat=stats[i - 1], coef=coefficients(part, 1, i - 1),
                                  relu=not behind, room=dh)  # fmt: skip
             h = source(i - 1)
-    if c.projected and (need(n, 0) or need(n, 1)):
+    if c.projected and not needs[0] and (need(n, 0) or need(n, 1)):
         dparams[n][:2] = riding.wgrad(k, riding.Gradient(dres), source(0), weights[n], c.g[n], need(n, 1))
     for row, dw in zip(dparams, cast_all([row[0] for row in dparams[: len(types)]], types), strict=False):
         row[0] = dw
     flat = [t if need(i, j) else None for i, row in enumerate(dparams) for j, t in enumerate(row)]
-    wanted = [dx if needs[0] else None, None if c.projected else dres, *flat]
-    return [nothing(x) if t is None else t for t in wanted]
+    return [dx if needs[0] else None, None if c.projected else dres, *flat]
+
+
+def _bwd_whole(grad, x, *rest):
+    """As an operator has to return it: a placeholder for what was not asked for."""
+    return [nothing(x) if t is None else t for t in _bwd(grad, x, *rest)]
 
 
 def _bwd_fake(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, relu, low, batch_stats, needs, op,
@@ -229,8 +237,9 @@ bwd_op = register(
     "block_bwd(Tensor grad, Tensor x, Tensor? residual, Tensor[] weights, Tensor?[] biases, Tensor[] stats,"
     " Tensor[] acts, Tensor? mask, int[] geometry, int kind, bool relu, bool low, bool[] batch_stats, bool[] needs,"
     " str op, str backend) -> Tensor[]",
-    _bwd,
+    _bwd_whole,
     _bwd_fake,
+    _bwd,
 )
 
 
