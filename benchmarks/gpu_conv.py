@@ -179,7 +179,7 @@ def framework(emit: Callable, rehearsal: bool) -> bool:
 def _graphs_agree(emit, model, x, labels) -> bool:
     """The parameters after replays of a captured step are those after as many plain steps, to the bit."""
     results = {}
-    for name in ("plain", "captured"):
+    for name in ("plain", "captured", "graph_step"):
         twin = copy.deepcopy(model)
         engine = engines.training("fastres", twin, x, labels, torch.bfloat16, how=lambda m: m)
         learner = [c.cell_contents for c in engine.run.__closure__ if isinstance(c.cell_contents, torch.optim.SGD)][0]
@@ -188,14 +188,21 @@ def _graphs_agree(emit, model, x, labels) -> bool:
             captured = engines.captured(engine)  # three warm-up steps
             for _ in range(4):
                 captured.run()
+        elif name == "graph_step":
+            step = fastres.graph_step(lambda images, run=engine.run: run(), learner)
+            for _ in range(steps):
+                step(x)
         else:
             for _ in range(steps):
                 engine.run()
         torch.cuda.synchronize()
         results[name] = [p.detach().clone() for group in learner.param_groups for p in group["params"]]
-    equal = all(torch.equal(a, b) for a, b in zip(*results.values(), strict=True))
-    emit(kind="CUDA graph", status="bit-equal to plain steps" if equal else "failed: parameters differ")
-    return equal
+    good = True
+    for name in ("captured", "graph_step"):
+        equal = all(torch.equal(a, b) for a, b in zip(results["plain"], results[name], strict=True))
+        emit(kind="CUDA graph", how=name, status="bit-equal to plain steps" if equal else "failed: parameters differ")
+        good &= equal
+    return good
 
 
 def profile(emit: Callable, rehearsal: bool, batch: int = 256) -> bool:
