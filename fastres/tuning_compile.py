@@ -32,7 +32,7 @@ def ahead(requests: Sequence[ConvRequest], jobs: int | None = None) -> int:
     work = [(r, choice.config) for r in requests for choice in tuning.candidates(r) if choice.backend == "triton"]
     jobs = min((os.cpu_count() or 1) - 1, MOST_JOBS) if jobs is None else jobs
     jobs = min(jobs, len(work) // 2)
-    if jobs < 2:
+    if jobs < 2 or not torch.cuda.is_available():
         return 0
     capability = torch.cuda.get_device_capability(requests[0].device)
     precision = triton_conv.precision(torch.float32)

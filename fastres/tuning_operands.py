@@ -38,6 +38,8 @@ class Step:
         self.dy = first
         if "act" in hooks:
             self.x, self.stat = hooks["act"], hooks["stat"]
+            # Where the input lies there as a tensor, it is none that is still to be formed.
+            self.h = None if "prologue" in request.operands else self.x_room.copy_(self.x)
         else:
             self.x, self.stat = trial._fill(trial.x_shape, 2), None
         self.pre, self.bits = hooks.get("pre"), hooks.get("bits")
@@ -56,7 +58,7 @@ class Step:
             raw, stat, coef = self.pre
             dy = riding.Gradient(dy=self.dy, raw=raw, stat=stat, coef=coef, bits=self.bits, relu=self.bits is not None,
                                  room=self.y_room)  # fmt: skip
-        h = riding.Activation(self.x) if self.stat is None else riding.Activation(raw=self.x, stat=self.stat)
+        h = riding.Activation(self.x) if self.stat is None else riding.Activation(self.h, self.x, self.stat)
         riding.backward(k, dy, h, self.w, self.geometry, (True, True, False), self.join, taken)
 
 

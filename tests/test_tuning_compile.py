@@ -28,6 +28,7 @@ def offered(monkeypatch, tmp_path):
     choices = [tuning.LIBRARY, *(Choice("triton", c) for c in configs)]
     monkeypatch.setattr(tuning, "candidates", lambda request: choices)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     return [ConvRequest("fprop", POINT, "bfloat16", ("stats",)), ConvRequest("dgrad", POINT, "bfloat16", ("add",))]
@@ -49,6 +50,9 @@ def test_a_process_that_fails_costs_a_warning(offered, monkeypatch):
 def test_a_single_processor_compiles_as_it_goes(offered, monkeypatch):
     monkeypatch.setattr(tuning_compile.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(tuning_compile.subprocess, "Popen", lambda *a, **k: pytest.fail("started a process"))
+    assert tuning_compile.ahead(offered) == 0
+    monkeypatch.setattr(tuning_compile.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tuning_compile.ahead(offered) == 0
 
 

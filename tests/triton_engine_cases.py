@@ -8,13 +8,14 @@ nothing is measured or verified first, the likeliest configuration serves.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import fastres
-from fastres import tuning
+from fastres import tuning, tuning_operands
 from fastres.nn import BasicBlock, Bottleneck
 
 #: Requests that a step of the two blocks below must have made, served by kernels of ours.
@@ -78,8 +79,8 @@ def _distance(value: torch.Tensor, truth: torch.Tensor) -> float:
     return ((value.double() - truth).norm() / truth.norm()).item()
 
 
-def _everything(request) -> tuple[tuple[str, ...], bool]:
-    return request.operands, True
+#: What blocks offered, by their memory.
+_offered: dict[str, set] = {}
 
 
 @pytest.mark.parametrize("memory", ["default", "low"])
@@ -95,7 +96,12 @@ def test_engine_equals_the_reference(loaded, memory, monkeypatch):
 
     monkeypatch.setattr(tuning, "choose", spy)
     if loaded:
-        monkeypatch.setattr(tuning, "operands", _everything)
+
+        def everything(request) -> tuple[tuple[str, ...], bool]:
+            _offered.setdefault(memory, set()).add(request)
+            return request.operands, True
+
+        monkeypatch.setattr(tuning, "operands", everything)
     tuning.forget()
     for block, x in _blocks():
         truth = _step(block, x, "reference", torch.float64, memory)
@@ -111,3 +117,29 @@ def test_engine_equals_the_reference(loaded, memory, monkeypatch):
     # The recomputed activation is at hand already where the last convolution was computed again.
     assert served >= RIDERS | ({"dgrad + act, reduce"} if memory == "low" else set())
     assert not [what for what in served if "pre" in what or "prologue" in what]
+
+
+def test_a_measurement_runs_the_convolutions_of_its_plan(monkeypatch):
+    """Of every kind of offer that the blocks above made: what is timed is what will serve."""
+    asked = []
+    choose = tuning.choose
+
+    def spy(request):
+        asked.append(request)
+        return choose(request)
+
+    monkeypatch.setattr(tuning, "choose", spy)
+    kinds = {(r.kind, r.operands, r.hooks): r for offers in _offered.values() for r in offers}
+    # With memory="low" the input of the last convolution may be there already.
+    rows = [*kinds.values(), *(replace(r, operands=("pre",)) for r in kinds.values() if r.operands[1:] == ("pre",))]
+    assert len(rows) > 5
+    with fastres.backend("triton"):
+        for request in rows:
+            step = tuning_operands.Step(request)
+            for taken in request.plans:
+                asked.clear()
+                tuning.forget()
+                step.run(taken)
+                expected = set(request.convolutions(taken))
+                assert expected <= set(asked), f"{request}, {taken}: {expected - set(asked)} did not run"
+                assert not [r for r in set(asked) - expected if {"pre", "prologue"} & set(r.hooks)]
