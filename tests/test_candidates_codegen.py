@@ -1,6 +1,6 @@
 """docs/kernels/candidates.md: every configuration that tuning may try, against what the compiler makes of it.
 
-By default one configuration of each kernel is compiled again, for the newest architecture that is cheap to compile for;
+By default one configuration of each kernel is compiled again for sm_90, of the pointer kernels one with a prologue;
 FASTRES_FULL=1 compiles all of them (about 40 minutes on two quiet cores).
 """
 
