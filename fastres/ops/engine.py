@@ -155,7 +155,7 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
     rstat = stats[n] if own else None
 
     def coefficients(part, plane, i):
-        T, (M, C) = part.shape[1], matrix(acts[i])
+        T, (M, C) = part.shape[1], matrix(acts[min(i, last)])  # the shortcut has the output's shape
         dparams[i][2], dparams[i][3], coef = steps.backward_coefficients(
             k, part, plane, T, M, C, stats[i], batch_stats[i], need(i, 2), need(i, 3)
         )
