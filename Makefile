@@ -84,7 +84,8 @@ test: lint $(BUILT_TESTS)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest -n $(JOBS) --dist worksteal
 
 test-full: test
-	FASTRES_FULL=1 $(RUN) -m pytest -q tests/test_triton_codegen.py tests/test_conv_codegen.py
+	FASTRES_FULL=1 $(RUN) -m pytest -q tests/test_triton_codegen.py tests/test_conv_codegen.py \
+	    tests/test_candidates_codegen.py
 	$(RUN) benchmarks/gpu_check.py --dry-run
 
 bench: $(BUILT)

@@ -84,9 +84,13 @@ STAGES = (
     _stage("train-64", "a resnet50 training step, batch 64, bf16: eager, torch.compile, fastres, CUDA graphs; memory"),
     _stage("train-256", "the same with batch 256"),
     _stage("train-256-low", "the same with memory=low, beside eager"),
-    _stage("train-256-autotune", "the same beside torch.compile(mode='max-autotune')"),
+    _stage("train-64-reduce-overhead", "batch 64 beside torch.compile with CUDA graphs (mode='reduce-overhead')"),
+    _stage("train-256-reduce-overhead", "batch 256, likewise"),
+    _stage("train-64-max-autotune", "batch 64 beside torch.compile(mode='max-autotune'), which uses CUDA graphs too"),
+    _stage("train-256-max-autotune", "batch 256, likewise"),
     _stage("profile", "time by kernel of the batch 256 step, and ncu's report of our slowest kernel"),
-    _stage("infer", "resnet50 inference, bf16, batch 1 and 64"),
+    _stage("infer", "resnet50 inference, bf16, batch 1 and 64: eager, torch.compile, fastres, CUDA graphs"),
+    _stage("infer-max-autotune", "batch 64 beside torch.compile(mode='max-autotune')"),
 )
 
 
@@ -225,7 +229,7 @@ def main() -> int:
                 print("the build failed: nothing of what follows would mean anything")
                 break
     for verdict in verdicts:
-        print(f"{verdict['stage']:16s} {verdict['status']:12s} {verdict['seconds']:7.1f} s  {verdict.get('why', '')}")
+        print(f"{verdict['stage']:26s} {verdict['status']:12s} {verdict['seconds']:7.1f} s  {verdict.get('why', '')}")
     return int(any(verdict["status"] in ("failed", "out of time") for verdict in verdicts))
 
 

@@ -318,8 +318,17 @@ STAGES: dict[str, Callable[[], bool]] = {
     "train-64": lambda: model({"train": True, "batch": 64, "graph": True}),
     "train-256": lambda: model({"train": True, "batch": 256, "graph": True}),
     "train-256-low": lambda: model({"train": True, "batch": 256, "memory": "low", "compile": False}),
-    "train-256-autotune": lambda: model({"train": True, "batch": 256, "compile_mode": "max-autotune"}),
-    "infer": lambda: model({"batch": 1, "compile_mode": "reduce-overhead"}, {"batch": 64}),
+    **{
+        f"train-{batch}-{mode}": lambda batch=batch, mode=mode: model(
+            {"train": True, "batch": batch, "compile_mode": mode}
+        )
+        for batch in (64, 256)
+        for mode in ("reduce-overhead", "max-autotune")
+    },
+    "infer": lambda: model(
+        {"batch": 1, "compile_mode": "reduce-overhead", "graph": True}, {"batch": 64, "graph": True}
+    ),
+    "infer-max-autotune": lambda: model({"batch": 64, "compile_mode": "max-autotune"}),
 }
 
 

@@ -2,6 +2,7 @@
 
 from fastres.dispatch import backend
 from fastres.fusion import freeze_bn, fuse, report, restore, unfreeze_bn
+from fastres.graphs import graph_step
 from fastres.ops.add_relu import add_relu
 from fastres.ops.basic_block import basic_block
 from fastres.ops.batch_norm_act import batch_norm_act
@@ -26,6 +27,7 @@ __all__ = [
     "fold_conv_bn",
     "freeze_bn",
     "fuse",
+    "graph_step",
     "report",
     "restore",
     "stem",

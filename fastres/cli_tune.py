@@ -46,20 +46,29 @@ def tune(model: str, batch: int, size: int, dtype: str, train: bool) -> list:
 def results(rows: list, title: str) -> Iterator:
     """The table, then lines on what was rejected and where the winners are."""
     from fastres import tuning
-    from fastres.tuning import LIBRARY
+    from fastres.problem import OperandRequest
+    from fastres.tuning import LIBRARY, PASSES
 
     table = _table(title)
     for heading in ("request", "library us", "chosen", "us", "ratio"):
         right = heading not in ("request", "chosen")
         table.add_column(heading, justify="right" if right else "left", no_wrap=right, overflow="fold")
     for row in rows:
-        style = None if row.choice == LIBRARY else "green"
+        style = None if row.choice.backend in (LIBRARY.backend, PASSES) else "green"
         cells = (_us(row.library_us), escape(str(row.choice)), _us(row.us), f"{row.ratio:.2f}x")
         table.add_row(escape(str(row.request)), *cells, style=style)
     yield table
-    before, after = sum(row.library_us for row in rows), sum(row.us for row in rows)
+    plans = [row for row in rows if isinstance(row.request, OperandRequest)]
+    # What forms an operand while loading stands for a pass as well, and serves only where a plan says so.
+    plain = [row for row in rows if row not in plans and not set(row.request.hooks) & {"prologue", "pre"}]
+    before, after = sum(row.library_us for row in plain), sum(row.us for row in plain)
     both = f"{_us(before)} us with PyTorch's calls, {_us(after)} us as chosen"
-    yield f"{len(rows)} distinct convolutions, each once: {both}"
+    yield f"{len(plain)} distinct convolutions, each once: {both}"
+    if plans:
+        loading = [row for row in plans if row.choice.backend != PASSES]
+        spared = sum(row.library_us - row.us for row in loading)
+        places = f"{len(loading)} of {len(plans)} places"
+        yield f"operands formed while loading: in {places}, {_us(spared)} us less than passes"
     for row in rows:
         for choice, why in row.rejected.items():
             yield f"rejected: {choice} for {row.request}: {why}"
@@ -83,7 +92,7 @@ def section(found: dict, short: bool) -> Iterator[Table]:
             held = f"{holds} entries of another GPU or other versions" if isinstance(holds, int) else holds
             page.add_row(escape(name), f"[dim]{escape(held)}[/dim]")
     for gpu in found["gpus"]:
-        ours = sum(entry["chosen"] != "library" for entry in gpu["in_force"])
+        ours = sum(entry["chosen"] not in ("library", "passes") for entry in gpu["in_force"])
         counts = f"{gpu['entries']} entries; {len(gpu['in_force'])} tuned, of which {ours} by kernels of ours"
         page.add_row(gpu["gpu"], f"{counts}; {len(gpu['rejected'])} configurations rejected")
         page.add_row("", escape(gpu["file"] or "in memory only"))

@@ -78,6 +78,20 @@ def dgrad(dy: Tensor, x: Tensor, w: Tensor, g: Geometry) -> Tensor:
     return dx.contiguous(memory_format=torch.channels_last)
 
 
+def _in_strides_of(w: Tensor, dw: Tensor) -> Tensor:
+    """``dw`` as autograd's layout contract, and the fakes, promise it."""
+    return dw if dw.stride() == w.stride() else torch.empty_like(w, dtype=dw.dtype).copy_(dw)
+
+
+def both(dy: Tensor, x: Tensor, w: Tensor, g: Geometry, with_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`dgrad` and `wgrad` in one call of PyTorch's, which costs the host as much as either of them."""
+    ours = _ours("dgrad", x, w, g, dy) or (not with_bias and _ours("wgrad", x, w, g, dy, x))
+    if ours or widens(x):
+        return dgrad(dy, x, w, g), *wgrad(dy, x, w, g, with_bias)
+    dx, dw, db = _backward(dy, x, w, g, [True, True, with_bias])
+    return dx.contiguous(memory_format=torch.channels_last), _in_strides_of(w, dw), db if with_bias else None
+
+
 def wgrad(dy: Tensor, x: Tensor, w: Tensor, g: Geometry, with_bias: bool) -> tuple[Tensor, Tensor | None]:
     """Gradients of the weight, in its strides, and, if asked for, of the bias. Both in the dtype of ``w``, or in the
     float32 they were summed in."""
@@ -87,9 +101,7 @@ def wgrad(dy: Tensor, x: Tensor, w: Tensor, g: Geometry, with_bias: bool) -> tup
         dw, db = wgrad(dy.float(), x.float(), w.float(), g, with_bias)
     else:
         _, dw, db = _backward(dy, x, w, g, [False, True, with_bias])
-    if dw.stride() != w.stride():  # autograd's layout contract, and what the fake promises
-        dw = torch.empty_like(w, dtype=dw.dtype).copy_(dw)
-    return dw, db if with_bias else None
+    return _in_strides_of(w, dw), db if with_bias else None
 
 
 def has_pointwise(x: Tensor) -> bool:

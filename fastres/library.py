@@ -22,13 +22,15 @@ _transforms = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
 
 
-def register(schema: str, impl: Callable, fake: Callable) -> Callable:
+def register(schema: str, impl: Callable, fake: Callable, direct: Callable | None = None) -> Callable:
     """Define ``fastres::<schema>`` with one implementation for every device and its fake.
 
     Returns a callable of the schema's positional arguments: the operator ``torch.ops.fastres.<name>.default``, or,
     where nobody watches operators and all tensors are plain CPU or CUDA ones, ``impl`` itself: there the dispatcher
-    would end up too, after every list of tensors has been to C++ and back.
+    would end up too, after every list of tensors has been to C++ and back. ``direct``: what is called there in the
+    place of ``impl``, where an operator has to return more than its caller needs.
     """
+    direct = direct or impl
     name = schema.partition("(")[0]
     _lib.define(schema)
     _lib.impl(name, impl, "CompositeExplicitAutograd")
@@ -36,7 +38,7 @@ def register(schema: str, impl: Callable, fake: Callable) -> Callable:
     op = getattr(torch.ops.fastres, name).default
 
     def call(*args):
-        return impl(*args) if not torch.compiler.is_compiling() and _unwatched() and _plain(args) else op(*args)
+        return direct(*args) if not torch.compiler.is_compiling() and _unwatched() and _plain(args) else op(*args)
 
     call.op = op
     return call

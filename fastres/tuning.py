@@ -21,7 +21,7 @@ from types import ModuleType
 import torch
 
 from fastres import dispatch, tuning_cache, tuning_check, tuning_trial
-from fastres.problem import ConvRequest
+from fastres.problem import ConvRequest, OperandRequest
 
 #: Backend -> the module of its convolutions, and the function there that lists configurations of a request.
 MODULES = {
@@ -43,11 +43,13 @@ class Choice:
 
 
 LIBRARY = Choice("library", None)
+#: How a plan that forms no operand is called on disk; any other by its operands.
+PASSES = "passes"
 
 _lock = threading.RLock()
 #: Forced backend (with the precision, for float32) -> request -> choice.
 _tables: dict[object, dict[ConvRequest, Choice]] = {}
-_recording: list[ConvRequest] | None = None
+_recording: list[ConvRequest | OperandRequest] | None = None
 #: (device, request in words, choice in words) -> why it failed; such things are not kept on disk.
 #: Counts what may change a choice, for those who remember choices under keys of their own.
 generation = 0
@@ -83,8 +85,35 @@ def settled(request: ConvRequest) -> bool:
     return request in _tables.get(_mode(request, dispatch.forced()), {})
 
 
+def operands(request: OperandRequest) -> tuple[tuple[str, ...], bool]:
+    """(operands that are formed while loading, whether that stands as long as `generation` does).
+
+    What ``fastres.tune`` found faster as a whole, as long as kernels of ours serve every convolution of it that forms
+    an operand; nothing untuned, on a CPU, or under a backend without convolutions of its own.
+    """
+    if _recording is not None:
+        _recording.append(request)
+        return (), False
+    if request.device < 0 or dispatch.forced() not in ("", "triton"):
+        return (), True
+    chosen = store(request.device).get(words(request)).get("chosen", PASSES)
+    taken = next((plan for plan in request.plans if plan_name(plan) == chosen), ())
+    stands = request.dtype != "float32"  # whose precision is PyTorch's switch
+    for convolution in request.convolutions(taken):
+        if set(convolution.hooks) & set(taken):
+            if choose(convolution).config is None:
+                taken = ()
+            stands = stands and settled(convolution)
+    return taken, stands
+
+
+def plan_name(taken: tuple[str, ...]) -> str:
+    """A plan as it is called on disk."""
+    return ", ".join(taken) or PASSES
+
+
 @contextlib.contextmanager
-def recording() -> Iterator[list[ConvRequest]]:
+def recording() -> Iterator[list[ConvRequest | OperandRequest]]:
     """Collects the requests made inside; PyTorch's call serves them."""
     global _recording, generation
     before, _recording = _recording, []
@@ -219,7 +248,7 @@ def forget() -> None:
         store.cache_clear()
 
 
-def words(request: ConvRequest) -> str:
+def words(request: ConvRequest | OperandRequest) -> str:
     """A request as it is called on disk."""
     return f"{request}, {tuning_check.fp32_mode()}" if request.dtype == "float32" else str(request)
 
@@ -298,13 +327,23 @@ def measured(trial: tuning_trial.Trial, choice: Choice) -> float:
     return tuning_trial.microseconds(trial, None if choice == LIBRARY else module(choice), choice.config)
 
 
+def keep_plan(request: OperandRequest, taken: tuple[str, ...], us: float, passes_us: float) -> None:
+    """``taken`` are formed while loading from now on, in this process and later ones."""
+    with _lock:
+        _keep(request, plan_name(taken), us, passes_us)
+
+
+def _keep(request, chosen: str, us: float, library_us: float) -> None:
+    global generation
+    generation += 1
+    winner = {"chosen": chosen, "us": us, "library_us": library_us, "when": tuning_cache.now()}
+    store(request.device).put(words(request), {"verdicts": {}, **winner})
+
+
 def keep_winner(request: ConvRequest, choice: Choice, us: float, library_us: float) -> None:
     """``choice`` serves from now on, in this process and later ones."""
-    global generation
-    winner = {"chosen": str(choice), "us": us, "library_us": library_us, "when": tuning_cache.now()}
     with _lock:
-        generation += 1
-        store(request.device).put(words(request), {"verdicts": {}, **winner})
+        _keep(request, str(choice), us, library_us)
         _tables.setdefault(_mode(request, "triton"), {}).pop(request, None)
         _tables.setdefault(_mode(request, ""), {})[request] = choice
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fastres import tuning, tuning_check, tuning_trial
-from fastres.problem import ConvRequest
+from fastres import tuning, tuning_check, tuning_compile, tuning_operands, tuning_trial
+from fastres.problem import ConvRequest, OperandRequest
 from fastres.tuning import LIBRARY, Choice
 
 #: A kernel of ours has to beat PyTorch's call by this share: what is less is noise.
@@ -23,9 +23,11 @@ MARGIN = 0.02
 @dataclass(frozen=True)
 class Row:
     """What tuning found for one request. ``us``: of the choice; ``library_us``: of PyTorch's call with the passes that
-    do the hooks' work; ``rejected``: reason by configuration; ``timings``: microseconds of everything that is right."""
+    do the hooks' work; ``rejected``: reason by configuration; ``timings``: microseconds of everything that is right.
 
-    request: ConvRequest
+    Of an `OperandRequest`: ``choice`` is the plan in force, ``library_us`` the time with a pass for every operand."""
+
+    request: ConvRequest | OperandRequest
     choice: Choice
     us: float
     library_us: float
@@ -97,7 +99,7 @@ def _tunable(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def record(model: torch.nn.Module, arguments: Sequence, train: bool, dtype: torch.dtype | None) -> list[ConvRequest]:
+def record(model: torch.nn.Module, arguments: Sequence, train: bool, dtype: torch.dtype | None) -> list:
     """The distinct requests of a forward (and backward, for ``train``) of a copy of ``model``, in order."""
     try:
         twin = copy.deepcopy(getattr(model, "_orig_mod", model))  # torch.compile's wrapper adds nothing here
@@ -129,19 +131,73 @@ def record(model: torch.nn.Module, arguments: Sequence, train: bool, dtype: torc
 
 
 def tune_requests(
-    requests: Sequence[ConvRequest], progress: Callable[[str, float], None], *, again: bool = True
+    requests: Sequence[ConvRequest | OperandRequest],
+    progress: Callable[[str, float], None],
+    *,
+    again: bool = True,
+    ahead: bool = True,
+    found: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Verify, measure and choose for each request; the winners are in force and on disk as they are found.
 
-    ``again``: verify also what has a verdict on disk already.
+    ``again``: verify also what has a verdict on disk already; ``ahead``: compile all candidates beforehand, in
+    processes of their own; ``found`` hears of each row. Returns a row for each request, then for each convolution
+    that some plan for operands wanted to know about besides.
     """
-    rows: dict[ConvRequest, Row] = {}
-    # A convolution without hooks first: it is what serves where nothing rides along.
-    for done, request in enumerate(sorted(requests, key=lambda r: bool(r.hooks))):
-        said = functools.partial(_say, progress, str(request), done, len(requests))
-        rows[request] = _tuned(request, rows.get(replace(request, hooks=())), said, again)
+    rows: dict[ConvRequest | OperandRequest, Row] = {}
+    plans = [r for r in requests if isinstance(r, OperandRequest)]
+    total = len(requests)
+    if ahead:
+        progress("compiling all candidates", 0.0)
+        tuning_compile.ahead(convolutions(requests))
+
+    def convolution(request: ConvRequest, done: int) -> Row:
+        if request not in rows:
+            said = functools.partial(_say, progress, str(request), done, total)
+            rows[request] = _tuned(request, rows.get(replace(request, hooks=())), said, again)
+            found(rows[request])
+        return rows[request]
+
+    # A convolution without hooks first: it is what serves where nothing rides along. Then who serves without operands
+    # to form: that is what plans with such are held against.
+    for done, request in enumerate(sorted((r for r in requests if r not in plans), key=lambda r: bool(r.hooks))):
+        convolution(request, done)
+    for done, request in enumerate(plans, total - len(plans)):
+        rows[request] = _tuned_operands(request, functools.partial(convolution, done=done))
+        found(rows[request])
     progress("done", 1.0)
-    return [rows[request] for request in requests]
+    return [rows[request] for request in dict.fromkeys([*requests, *rows])]
+
+
+def convolutions(requests: Sequence[ConvRequest | OperandRequest]) -> list[ConvRequest]:
+    """The distinct convolutions that a tuning of ``requests`` may look at."""
+    plain = [r for r in requests if isinstance(r, ConvRequest)]
+    for request in (r for r in requests if isinstance(r, OperandRequest)):
+        plain += [c for taken in request.plans for c in tuning_operands.needed(request, taken)]
+    return list(dict.fromkeys(plain))
+
+
+def _tuned_operands(request: OperandRequest, convolution: Callable[[ConvRequest], Row]) -> Row:
+    possible = [()]
+    for taken in request.plans[1:]:
+        # The second operand adds to the first: where that has no kernel, nothing beyond has.
+        if any(convolution(c).choice == LIBRARY for c in tuning_operands.needed(request, taken)):
+            break
+        possible.append(taken)
+    try:
+        step = tuning_operands.Step(request)
+        times = {taken: tuning_operands.microseconds(step, taken) for taken in possible}
+        # A second round: the first met a machine in another state.
+        times = {taken: min(us, tuning_operands.microseconds(step, taken)) for taken, us in times.items()}
+    except torch.OutOfMemoryError:
+        return Row(request, Choice(tuning.PASSES), math.nan, math.nan, 
+                   {tuning.PASSES: "could not be measured: out of GPU memory"})  # fmt: skip
+    best = min(times, key=times.get)
+    if times[best] > (1 - MARGIN) * times[()]:
+        best = ()
+    tuning.keep_plan(request, best, times[best], times[()])
+    timings = {tuning.plan_name(taken): us for taken, us in times.items()}
+    return Row(request, Choice(tuning.plan_name(best)), times[best], times[()], {}, timings)
 
 
 def _say(progress, what: str, done: int, total: int, choice: str, share: float) -> None:

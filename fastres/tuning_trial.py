@@ -79,16 +79,11 @@ class Trial:
 
     def _dgrad(self, hooks: set):
         p = self.problem
-        if "pre" in hooks:
-            self.hooks["pre"] = self._pre()
+        self._gradient(hooks)
         if "add" in hooks:
             self.hooks["add"] = self._fill(self.x_shape, 2)
         if "mask" in hooks:
-            M = p.N * p.H * p.W
-            mask = self._buffer((M, -(-p.C // 8)), torch.uint8)[0]
-            passed = torch.rand((M, p.C), device=self.device, generator=self._random) < 0.5
-            _pack(passed, mask)
-            self.hooks["mask"] = mask
+            self.hooks["mask"] = self._mask(p.N * p.H * p.W, p.C)
         if "act" in hooks:
             self.hooks["stat"] = self._stat(p.C)
             self.hooks["act"] = self._fill(self.x_shape, 2)
@@ -96,8 +91,7 @@ class Trial:
         return self._fill(self.y_shape, 2), self._weight()
 
     def _wgrad(self, hooks: set):
-        if "pre" in hooks:
-            self.hooks["pre"] = self._pre()
+        self._gradient(hooks)
         if "prologue" in hooks:
             self.hooks["stat"] = self._stat(self.problem.C)
         return self._fill(self.y_shape, 2), self._fill(self.x_shape, 2, shift=0.5)
@@ -141,6 +135,18 @@ class Trial:
         self._numbers(mean, 1, 0.5, 0.5)
         self._numbers(bias, 1, 0.5)
         return stat
+
+    def _mask(self, M: int, C: int):
+        mask = self._buffer((M, -(-C // 8)), torch.uint8)[0]
+        _pack(torch.rand((M, C), device=self.device, generator=self._random) < 0.5, mask)
+        return mask
+
+    def _gradient(self, hooks: set) -> None:
+        if "pre" in hooks:
+            self.hooks["pre"] = self._pre()
+        if "bits" in hooks:
+            p = self.problem
+            self.hooks["bits"] = self._mask(p.N * p.P * p.Q, p.K)
 
     def _pre(self):
         K = self.problem.K
@@ -257,7 +263,8 @@ class Trial:
             return dy
         a, stat, coef = self.hooks["pre"]
         g = self._new(dy.shape)
-        k.bn_bwd_apply(dy, a, *matrix(dy), stat, coef, None, None, None, None, False, g, None)
+        bits = self.hooks.get("bits")
+        k.bn_bwd_apply(dy, a, *matrix(dy), stat, coef, None, None, None, bits, bits is not None, g, None)
         return g
 
     def _library_fprop(self, k, whole):

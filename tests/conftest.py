@@ -128,3 +128,58 @@ def fresh_choice():
     """The automatic choice is remembered per request; a test that alters a backend must not leave its choice behind."""
     yield
     dispatch._automatic.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """Puts a fake backend in triton's place; GPU 0 is this CPU. Returns how to install one."""
+    from tuning_cases import Config
+
+    from fastres import tuning, tuning_cache, tuning_trial
+
+    monkeypatch.setenv("FASTRES_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning_cache, "key", lambda device: {"gpu": "Fake GPU", "torch": "1"})
+    monkeypatch.setattr(tuning_trial, "device_of", lambda request: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(tuning, "_why_not", lambda backend, request: "" if backend == "triton" else "absent")
+    monkeypatch.setattr(tuning, "_shipped", lambda request: tuning.Choice("triton", Config()))
+    tuning.forget()
+
+    def install(fake):
+        monkeypatch.setattr(tuning, "_module", lambda backend: fake)
+        return fake
+
+    yield install
+    tuning.forget()
+
+
+# ---- the cuDNN backend
+
+
+@pytest.fixture
+def cudnn_anew():
+    """Nothing is known of earlier graphs, devices or refusals, before and after."""
+    import cudnn_cases
+
+    cudnn_cases.forget()
+    yield
+    cudnn_cases.forget()
+
+
+@pytest.fixture
+def device(cudnn_anew, monkeypatch):
+    """CPU tensors pass for those of a GPU that cuDNN serves."""
+    import cudnn_cases
+
+    cudnn_cases.pretend_device(monkeypatch)
+
+
+@pytest.fixture
+def fake(device, monkeypatch):
+    """`fake_cudnn.py` in the place of nvidia-cudnn-frontend."""
+    import fake_cudnn
+
+    package = fake_cudnn.package()
+    monkeypatch.setitem(sys.modules, "cudnn", package)
+    return package

@@ -59,9 +59,11 @@ HOOKS = {
         ("act", "reduce"),
         ("act", "reduce", "y"),
         ("pre",),
-        ("act", "add", "mask", "pre", "reduce", "y"),
+        ("bits", "pre"),
+        ("act", "pre", "reduce"),
+        ("act", "add", "bits", "mask", "pre", "reduce", "y"),
     ),
-    "wgrad": ((), ("pre",), ("prologue",), ("pre", "prologue")),
+    "wgrad": ((), ("pre",), ("prologue",), ("pre", "prologue"), ("bits", "pre", "prologue")),
 }
 
 
@@ -149,12 +151,14 @@ def case(kind: str, name: str, hooks=(), dtype=torch.float32, values: str = "nor
         if "pre" in hooks:
             coef = testing.fill((3, p.K), torch.float32, fill, next(seeds)).clamp_(-2, 2)
             args["pre"] = activation(*y_shape), stat(p.K, fill, next(seeds)), coef
+        if "bits" in hooks:
+            args["bits"] = _mask(p.N * p.P * p.Q, p.K, next(seeds))
     if kind == "dgrad":
         shapes = {"dx": x_shape}
         if "add" in hooks:
             args["add"] = activation(*x_shape)
         if "mask" in hooks:
-            args["mask"] = _mask(p, next(seeds))
+            args["mask"] = _mask(p.N * p.H * p.W, p.C, next(seeds))
         if "act" in hooks:
             args["stat"] = stat(p.C, fill, next(seeds))
             args["act"] = _clear_of_zero(activation(*x_shape), args["stat"], fill)
@@ -168,9 +172,9 @@ def case(kind: str, name: str, hooks=(), dtype=torch.float32, values: str = "nor
     return Case(kind, name, p, tuple(hooks), dtype, args, shapes)
 
 
-def _mask(p: ConvProblem, seed: int) -> torch.Tensor:
-    passed = torch.rand(p.N * p.H * p.W, p.C, generator=testing.generator(seed)) < 0.5
-    mask = torch.empty(p.N * p.H * p.W, -(-p.C // 8), dtype=torch.uint8)
+def _mask(M: int, C: int, seed: int) -> torch.Tensor:
+    passed = torch.rand(M, C, generator=testing.generator(seed)) < 0.5
+    mask = torch.empty(M, -(-C // 8), dtype=torch.uint8)
     reference._pack(passed, mask)
     return mask
 
@@ -233,7 +237,10 @@ def run(c: Case, config, dw_dtype: torch.dtype | None = None) -> dict[str, torch
         planes, C = (3, c.problem.K) if c.kind == "fprop" else (2, c.problem.C)
         outputs["part"] = torch.full((planes * T * C + 2 * GUARD,), NAN)[GUARD:-GUARD].view(planes, T, C)
     before = {k: v.clone() for k, v in c.args.items() if isinstance(v, torch.Tensor)}
-    getattr(module, f"conv_{c.kind}")(**c.args, **outputs, config=config)
+    args = dict(c.args)
+    if "pre" in args:
+        args |= zip(("pre", "pre_stat", "coef"), args["pre"], strict=True)
+    getattr(module, f"conv_{c.kind}")(**args, **outputs, config=config)
     for name, t in outputs.items():
         assert guards_hold(t), f"{c}, {config}: wrote outside of {name}"
         assert not t.isnan().any(), f"{c}, {config}: {int(t.isnan().sum())} of {t.numel()} values of {name} missing"

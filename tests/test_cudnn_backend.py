@@ -13,7 +13,7 @@ from pathlib import Path
 import fake_cudnn
 import pytest
 import torch
-from cudnn_cases import POINT, SQUARE, case, forget, launch, pretend_device
+from cudnn_cases import POINT, SQUARE, case, forget, launch
 
 from fastres.backends import cudnn, cudnn_graphs
 from fastres.backends.cudnn_graphs import GraphConfig
@@ -24,24 +24,7 @@ def request_of(kind="fprop", hooks=(), dtype="bfloat16", device=0, **problem) ->
     return ConvRequest(kind, dataclasses.replace(SQUARE, **problem), dtype, tuple(sorted(hooks)), device)
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    forget()
-    yield
-    forget()
-
-
-@pytest.fixture
-def device(monkeypatch):
-    pretend_device(monkeypatch)
-
-
-@pytest.fixture
-def fake(device, monkeypatch):
-    package = fake_cudnn.package()
-    monkeypatch.setitem(sys.modules, "cudnn", package)
-    return package
-
+pytestmark = pytest.mark.usefixtures("cudnn_anew")
 
 # ---- absent, broken, unfit
 

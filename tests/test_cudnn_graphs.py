@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 
-import fake_cudnn
 import pytest
 import torch
-from cudnn_cases import H100, POINT, PROBLEMS, SERVED, SQUARE, case, forget, launch, pretend_device
+from cudnn_cases import H100, POINT, PROBLEMS, SERVED, SQUARE, case, launch
 
 from fastres.backends import cudnn, cudnn_graphs, reference, reference_conv
 from fastres.backends.cudnn_graphs import GraphConfig
@@ -22,23 +20,7 @@ from fastres.problem import HOOKS, ConvRequest
 REAL = importlib.util.find_spec("cudnn") is not None
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    forget()
-    yield
-    forget()
-
-
-@pytest.fixture
-def device(monkeypatch):
-    pretend_device(monkeypatch)
-
-
-@pytest.fixture
-def fake(device, monkeypatch):
-    package = fake_cudnn.package()
-    monkeypatch.setitem(sys.modules, "cudnn", package)
-    return package
+pytestmark = pytest.mark.usefixtures("cudnn_anew")
 
 
 @pytest.mark.parametrize("p", PROBLEMS, ids=str)
@@ -97,7 +79,7 @@ def test_vanishing_variance_is_not_negative(fake):
 def test_every_hook_has_a_say():
     """A hook added to ``problem.HOOKS`` is either drawn or refused."""
     drawn = {(kind, hook) for kind, hooks in SERVED for hook in hooks}
-    refused = {("dgrad", "mask"), ("wgrad", "pre")}
+    refused = {("dgrad", "mask"), ("dgrad", "bits"), ("wgrad", "pre"), ("wgrad", "bits")}
     assert {(kind, hook) for kind, hooks in HOOKS.items() for hook in hooks} == drawn | refused
 
 

@@ -41,13 +41,15 @@ CEILING = 420
 #: Layers from the bottom up: a module may import from its own layer and from those above it in this list.
 LAYERS = (
     ("fastres.backends.reference", "fastres.triton_kernels", "fastres._cpu", "fastres._cuda", "fastres._emulator"),
-    ("fastres.problem", "fastres.bench.timing"),  # plain data; a stopwatch
+    ("fastres.problem", "fastres.bench.timing", "fastres.graphs"),  # plain data; a stopwatch; torch alone
     ("fastres.backends", "fastres.library"),
     ("fastres.verify", "fastres.dispatch", "fastres.convolution"),
     (
         "fastres.tuning",
         "fastres.tuning_cache",
         "fastres.tuning_check",
+        "fastres.tuning_compile",
+        "fastres.tuning_operands",
         "fastres.tuning_run",
         "fastres.tuning_trial",
         "fastres.riding",

@@ -14,35 +14,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tuning_cases import DGRAD, PROBLEM, STATS, Config, kernels, missing_product
+from tuning_cases import DGRAD, PROBLEM, STATS, Config, Timer, kernels, missing_product, model
 
 import fastres
-from fastres import dispatch, tuning, tuning_cache, tuning_check, tuning_run, tuning_trial
-from fastres.models import resnet18
+from fastres import dispatch, tuning, tuning_check, tuning_run, tuning_trial
 from fastres.tuning import LIBRARY, Choice
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def gpu(monkeypatch, tmp_path):
-    """Puts a fake backend in triton's place; GPU 0 is this CPU. Returns how to install one."""
-    monkeypatch.setenv("FASTRES_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tuning_cache, "key", lambda device: {"gpu": "Fake GPU", "torch": "1"})
-    monkeypatch.setattr(tuning_trial, "device_of", lambda request: CPU)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(tuning, "_why_not", lambda backend, request: "" if backend == "triton" else "absent")
-    monkeypatch.setattr(tuning, "_shipped", lambda request: Choice("triton", Config()))
-    tuning.forget()
-
-    def install(fake):
-        monkeypatch.setattr(tuning, "_module", lambda backend: fake)
-        return fake
-
-    yield install
-    tuning.forget()
-
 
 # ---- the choice
 
@@ -167,16 +143,6 @@ def test_asking_costs_a_lookup(gpu):
 # ---- tune
 
 
-class Timer:
-    """Microseconds by name of the choice."""
-
-    def __init__(self, **us):
-        self.us = us
-
-    def __call__(self, trial, module, config, runs=15):
-        return self.us["library" if module is None else config.name]
-
-
 def test_the_fastest_right_kernel_wins(gpu, monkeypatch):
     fake = gpu(kernels({"wrong": missing_product}))
     fake.offered = (Config("wrong"), Config("slow"), Config("quick"))
@@ -236,10 +202,6 @@ def test_measuring_runs_what_it_says(gpu):
     assert tuning.measure(STATS, Choice("triton", Config())) > 0 and len(fake.ran) == 18
 
 
-def model():
-    return fastres.fuse(torch.nn.Sequential(resnet18().layer1, torch.nn.Dropout(0.5)))
-
-
 @pytest.fixture
 def seen(gpu, monkeypatch):
     """CPU tensors may go to kernels of ours; they are recorded with the tuning's own requests."""
@@ -256,9 +218,10 @@ def test_tune_records_a_training_step_and_leaves_the_model_alone(seen):
     grads = {name: p.grad.clone() for name, p in m.named_parameters()}
     random = torch.get_rng_state()
     rows = fastres.tune(m.eval(), x, progress=lambda text, share: None)
-    assert {row.request.kind for row in rows} == {"fprop", "dgrad", "wgrad"}
+    assert {row.request.kind for row in rows} == {"fprop", "dgrad", "wgrad", "forward", "backward"}
     assert len({row.request for row in rows}) == len(rows)
-    assert all(row.choice.backend == "triton" for row in rows if row.request.kind != "dgrad" or not row.request.hooks)
+    ours = [row for row in rows if row.request.kind in ("fprop", "wgrad") or not row.request.hooks]
+    assert ours and all(row.choice.backend == "triton" for row in ours)
     assert not any(module.training for module in m.modules())
     assert torch.equal(torch.get_rng_state(), random)
     for name, t in m.state_dict().items():

@@ -5,12 +5,18 @@ from __future__ import annotations
 import types
 from dataclasses import dataclass
 
+import torch
+
+import fastres
 from fastres.backends import reference_conv
-from fastres.problem import HOOKS, ConvProblem, ConvRequest
+from fastres.models import resnet18
+from fastres.problem import HOOKS, ConvProblem, ConvRequest, OperandRequest
 
 PROBLEM = ConvProblem(5, 6, 5, 8, 12, 3, 3, padding=(1, 1))
 STATS = ConvRequest("fprop", PROBLEM, "float32", ("stats",))
 DGRAD = ConvRequest("dgrad", PROBLEM, "float16", ("act", "add", "mask", "reduce", "y"), device=-1)
+
+OPERANDS = OperandRequest("backward", PROBLEM, "bfloat16", ("prologue", "pre"), ("act", "bits", "reduce"))
 
 
 @dataclass(frozen=True)
@@ -48,3 +54,17 @@ def kernels(damage=None, tiles: int = 3) -> types.SimpleNamespace:
 
 def missing_product(out, inputs):
     out["main"][0, 0, 0, 0] -= 1.0
+
+
+class Timer:
+    """Microseconds by name of the choice."""
+
+    def __init__(self, **us):
+        self.us = us
+
+    def __call__(self, trial, module, config, runs=15):
+        return self.us["library" if module is None else config.name]
+
+
+def model():
+    return fastres.fuse(torch.nn.Sequential(resnet18().layer1, torch.nn.Dropout(0.5)))

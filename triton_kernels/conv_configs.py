@@ -147,8 +147,43 @@ def patch_candidates(kind: str, problem, hooks, itemsize: int, capability) -> li
     return list(dict.fromkeys(found))
 
 
+#: Configurations that spilled when compiled for a chip (`docs/kernels/candidates.md`): (lowest compute capability of
+#: those compiled for, kind, hooks, configuration in words without its patch) -> what was seen.
+LEFT_OUT: dict[tuple, str] = {
+    ((8, 9), "dgrad", ("pre",), "gather 128 128 64 w8 s3"): "116736 bytes of shared memory of 101376",
+    ((8, 9), "dgrad", ("add", "pre"), "gather 128 128 64 w8 s3"): "116736 bytes of shared memory of 101376",
+    ((8, 9), "dgrad", ("add", "mask", "pre"), "gather 128 128 64 w8 s3"): "116736 bytes of shared memory of 101376",
+    ((8, 9), "wgrad", (), "narrow 128 64 64 w8 s2"): "3 spills",
+    ((8, 9), "wgrad", ("prologue",), "wgrad_gather 64 64 64 w4 s3"): "2 spills",
+    ((9, 0), "dgrad", ("act", "reduce", "y"), "rows 128 128 64 w8 s1"): "12 spills",
+    ((9, 0), "wgrad", ("pre", "prologue"), "wgrad_patch 128 64 64 w4 s4"): "11 spills",
+    ((9, 0), "wgrad", ("bits", "pre", "prologue"), "wgrad_patch 128 64 64 w4 s4"): "39 to 46 spills",
+    ((10, 0), "fprop", ("stats",), "gather 128 256 64 w8 s3"): "300 spills",
+    ((10, 0), "fprop", ("stats",), "gather 256 128 64 w8 s3"): "306 spills",
+    ((10, 0), "fprop", ("prologue",), "gather 64 128 64 w8 s3"): "2 spills",
+    ((10, 0), "fprop", ("bias", "relu", "residual"), "rows 128 128 64 w4 s1"): "204 spills",
+    ((10, 0), "dgrad", ("pre",), "gather 128 128 64 w8 s3"): "17 spills",
+    ((10, 0), "wgrad", (), "narrow 64 64 64 w8 s2"): "2 spills",
+    ((10, 0), "wgrad", ("pre",), "wgrad_patch 64 64 64 w4 s3"): "2 spills",
+}
+#: Compute capabilities that were compiled for; those between are taken for the one below.
+COMPILED = ((8, 0), (8, 9), (9, 0), (10, 0))
+
+
+def _compiles(kind: str, hooks, itemsize: int, capability, config: ConvConfig) -> bool:
+    """Whether nothing is known against a 16-bit configuration on the compiler's side."""
+    chip = max((c for c in COMPILED if c <= tuple(capability)), default=COMPILED[0])
+    name = f"{config.kernel} {config.BM} {config.BN} {config.BK} w{config.num_warps} s{config.num_stages}"
+    return itemsize != 2 or (chip, kind, tuple(hooks), name) not in LEFT_OUT
+
+
 def candidates(kind: str, problem, hooks, itemsize: int, capability) -> tuple[ConvConfig, ...]:
     """Every configuration that can serve, the likeliest winner first."""
+    found = _candidates(kind, problem, hooks, itemsize, capability)
+    return tuple(c for c in found if _compiles(kind, hooks, itemsize, capability, c))
+
+
+def _candidates(kind: str, problem, hooks, itemsize: int, capability) -> tuple[ConvConfig, ...]:
     narrow = image_candidates(kind, problem, hooks, itemsize, capability)
     narrow += narrow_candidates(kind, problem, hooks)
     if kind == "wgrad":
@@ -240,7 +275,9 @@ def wgrad_candidates(kind: str, problem, hooks, itemsize: int, capability) -> li
                 found += [ConvConfig("wgrad_patch", BM, BN, BK, warps, stages, shape) for shape in shapes]
     for BM, BN, BK, warps, stages in ((64, 128, 128, 8, 3), (64, 64, 64, 4, 3), (32, 32, 32, 4, 3)):
         config = ConvConfig("wgrad_gather", BM, min(BN, _least(K)), min(BK, _least(C)), warps, stages)
-        if config not in found and not ((itemsize == 4 or hooks) and BN * BK > 4096):
+        # Fewer than 64 channels of dy leave no room for Hopper's larger instruction.
+        small = capability >= (9, 0) and itemsize == 2 and found and config.BN < 64
+        if config not in found and not small and not ((itemsize == 4 or hooks) and BN * BK > 4096):
             found.append(config)
             if found[0].kernel == "wgrad_patch":
                 break
@@ -303,7 +340,19 @@ RESNET50 = (
     *((H, C, C, 3, 2, 1) for H, C in ((56, 128), (28, 256), (14, 512))),
     *((H, C, K, 1, 2, 0) for H, C, K in ((56, 256, 512), (28, 512, 1024), (14, 1024, 2048))),
 )
-#: What rides along in training, by kind.
+#: Every set of hooks that an op asks for, by kind; of images (fewer than 16 channels) apart.
+ASKED = {
+    "fprop": (
+        (), ("stats",), ("bias",), ("bias", "relu"), ("bias", "relu", "residual"), ("prologue",), ("prologue", "stats"),
+    ),
+    "dgrad": (
+        (), ("act", "reduce"), ("act", "reduce", "y"), ("add",), ("add", "mask"), ("pre",), ("act", "pre", "reduce"),
+        ("act", "bits", "pre", "reduce"), ("add", "mask", "pre"), ("add", "pre"),
+    ),
+    "wgrad": ((), ("prologue",), ("pre",), ("bits", "pre"), ("pre", "prologue"), ("bits", "pre", "prologue")),
+}  # fmt: skip
+ASKED_OF_IMAGES = {"fprop": ((), ("stats",), ("bias", "relu")), "dgrad": (), "wgrad": ((),)}
+#: What rides along in training by default, by kind.
 TRAINING_HOOKS = {
     "fprop": (("stats",),),
     "dgrad": ((), ("act", "reduce", "y"), ("add",), ("add", "mask")),

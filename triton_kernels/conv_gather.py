@@ -23,6 +23,7 @@ import triton.language as tl
 from .batch_norm_act_bwd import gradient_map
 from .configs import blocks
 from .conv_epilogue import stats_rows, sums_rows
+from .conv_tile import mask_bits
 from .tile import channels, load_stat, normalise, passes, relu
 
 #: Taps an axis may have: the validity bits of a pixel fill one int32.
@@ -44,28 +45,6 @@ def _validity(m_ok, x, d, size, TAPS: tl.constexpr):
     return bits
 
 
-@triton.jit
-def _mask_bits(mask_ptr, pixel, k, m_ok, in_n, C, PACKED: tl.constexpr):
-    """[BM, BN] booleans: bit k[j] of mask row pixel[i], false where ``m_ok`` or ``in_n`` is.
-
-    PACKED: ``k`` is whole bytes, eight neighbouring channels each, which are loaded once and not eight times.
-    """
-    BM: tl.constexpr = pixel.shape[0]
-    BN: tl.constexpr = k.shape[0]
-    stride = (C + 7) // 8
-    if PACKED:
-        b = tl.min(tl.reshape(k, [BN // 8, 8]), axis=1) // 8
-        in_b = tl.max(tl.reshape(in_n.to(tl.int32), [BN // 8, 8]), axis=1) != 0
-        keep = m_ok[:, None] & in_b[None, :]
-        byte = tl.load(mask_ptr + (pixel[:, None] * stride + b[None, :]), mask=keep, other=0).to(tl.int32)
-        bits = tl.reshape((byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1, [BM, BN])
-    else:
-        keep = m_ok[:, None] & in_n[None, :]
-        byte = tl.load(mask_ptr + (pixel[:, None] * stride + (k // 8)[None, :]), mask=keep, other=0).to(tl.int32)
-        bits = (byte >> (k % 8)[None, :]) & 1
-    return bits != 0
-
-
 @triton.jit(do_not_specialize=_SIZES + _AXES)
 def _conv_kernel(
     src_ptr,
@@ -74,6 +53,7 @@ def _conv_kernel(
     src_stat_ptr,
     pre_ptr,
     coef_ptr,
+    pre_mask_ptr,
     bias_ptr,
     add_ptr,
     mask_ptr,
@@ -127,7 +107,7 @@ def _conv_kernel(
 ):
     """M = N*P*Q pixels of the class, source images H x W, output images OH x OW; CI, CO channels in and out of each of
     G groups; TR x TS taps of the class among TAPS in all. A prologue of the source is ``src_stat`` alone (BN + ReLU) or
-    ``pre`` with ``src_stat`` and ``coef`` (the BN gradient's map)."""
+    ``pre`` with ``src_stat`` and ``coef`` (the BN gradient's map), behind the ReLU of ``pre_mask`` if there is one."""
     CI = channels(CI, ALIGNED_IN)
     CO = channels(CO, ALIGNED_OUT)
     if WIDE:  # an image, or what a tile spans of several, passes 2**31 elements
@@ -179,6 +159,10 @@ def _conv_kernel(
             v = a.to(tl.float32)
             if pre_ptr is not None:
                 before = tl.load(pre_ptr + shift + offsets, mask=keep, other=0.0).to(tl.float32)
+                if pre_mask_ptr is not None:
+                    at_pixel = source + (r * dh * W + s * dw)
+                    rows = pre_mask_ptr + image0.to(tl.int64) * H * W * ((CI * G + 7) // 8)
+                    v = tl.where(mask_bits(rows, at_pixel, g * CI + c + rk, valid, in_c, CI * G, ALIGNED_IN), v, 0.0)
                 v = gradient_map(v, before, src_stat_ptr, coef_ptr, CI * G, g * CI + c + rk, in_c)
             else:
                 mean, scale, bias = load_stat(src_stat_ptr, CI * G, g * CI + c + rk, in_c)
@@ -211,7 +195,7 @@ def _conv_kernel(
     if add_ptr is not None:
         joined = tl.load(add_ptr + first * C + o_offsets, mask=keep, other=0.0).to(tl.float32)
         if mask_ptr is not None:
-            bits = _mask_bits(mask_ptr + first * ((C + 7) // 8), pixel, k, m_ok, in_n, C, ALIGNED_OUT)
+            bits = mask_bits(mask_ptr + first * ((C + 7) // 8), pixel, k, m_ok, in_n, C, ALIGNED_OUT)
             joined = tl.where(bits, joined, 0.0)
         acc += joined
     v = acc.to(out_ptr.dtype.element_ty)
@@ -286,8 +270,8 @@ def _check(name: str, N: int, sizes, w, BM: int) -> None:
 
 
 def _launch(
-    kind, src, w, geometry, out, config, precision, *, src_stat=None, pre=None, coef=None, bias=None, add=None,
-    mask=None, relu=False, act=None, act_stat=None, y=None, part=None,
+    kind, src, w, geometry, out, config, precision, *, src_stat=None, pre=None, coef=None, bits=None, bias=None,
+    add=None, mask=None, relu=False, act=None, act_stat=None, y=None, part=None,
 ):  # fmt: skip
     stride, _, _, G = geometry
     N, _, H, W = src.shape
@@ -312,8 +296,8 @@ def _launch(
         span = (BM // (P * Q) + 2) * max(H * W * CI, OH * OW * CO) * G + (abs(bh) + TR * abs(dh)) * W * CI * G
         ah, aw, oh, ow = (1, 1, *stride) if swapped else (*stride, 1, 1)
         _conv_kernel[(tiles * NT * G,)](
-            src, w, out, src_stat, pre, coef, bias, add, mask, act, act_stat, y, part, M, T0, T, NT, H, W, P, Q, OH, OW,
-            CI, CO, G, R * S, ah, bh, dh, oh, ch, aw, bw, dw, ow, cw, first_r * S + first_s, step_r * S, step_s,
+            src, w, out, src_stat, pre, coef, bits, bias, add, mask, act, act_stat, y, part, M, T0, T, NT, H, W, P, Q,
+            OH, OW, CI, CO, G, R * S, ah, bh, dh, oh, ch, aw, bw, dw, ow, cw, first_r * S + first_s, step_r * S, step_s,
             TR=TR, TS=TS, KB=blocks(CI, BK), SWAPPED=swapped, DENSE=(oh, ow) == (1, 1), RELU=bool(relu),
             WIDE=span >= WIDE_FROM, ALIGNED_IN=CI % 8 == 0, ALIGNED_OUT=CO % 8 == 0, EVEN_IN=CI % BK == 0,
             EVEN_OUT=CO % BN == 0, EVEN_M=M % BM == 0, PRECISION=precision, BM=BM, BN=BN, BK=BK,
@@ -333,12 +317,12 @@ def conv_fprop(x, w, geometry, out, *, stat=None, bias=None, residual=None, relu
             part=part)  # fmt: skip
 
 
-def conv_dgrad(dy, w, geometry, dx, *, pre=None, add=None, mask=None, act=None, stat=None, part=None, y=None, config,
-               precision="ieee"):  # fmt: skip
-    """``conv_dgrad`` of ``backends/reference_conv.py``; ``part`` [2, T, C] with T of `parts`.
+def conv_dgrad(dy, w, geometry, dx, *, pre=None, pre_stat=None, coef=None, bits=None, add=None, mask=None, act=None,
+               stat=None, part=None, y=None, config, precision="ieee"):  # fmt: skip
+    """``conv_dgrad`` of ``backends/reference_conv.py``, the tuple ``pre`` one by one; ``part`` [2, T, C] with T of
+    `parts`.
 
     Raises like `conv_fprop`.
     """
-    a, src_stat, coef = pre if pre is not None else (None, None, None)
-    _launch("dgrad", dy, w, geometry, dx, config, precision, src_stat=src_stat, pre=a, coef=coef, add=add, mask=mask,
-            act=act, act_stat=stat, y=y, part=part)  # fmt: skip
+    _launch("dgrad", dy, w, geometry, dx, config, precision, src_stat=pre_stat, pre=pre, coef=coef, bits=bits, add=add,
+            mask=mask, act=act, act_stat=stat, y=y, part=part)  # fmt: skip

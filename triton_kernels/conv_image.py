@@ -217,7 +217,8 @@ def conv_fprop(x, w, geometry, out, *, stat=None, bias=None, residual=None, relu
     )  # fmt: skip
 
 
-def conv_wgrad(dy, x, geometry, dw, *, pre=None, stat=None, config, precision="ieee"):
+def conv_wgrad(dy, x, geometry, dw, *, pre=None, pre_stat=None, coef=None, bits=None, stat=None, config,
+               precision="ieee"):  # fmt: skip
     K, C, R, S = dw.shape
     N, _, P, Q = dy.shape
     TN, TH, TW = config.patch

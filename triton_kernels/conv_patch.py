@@ -240,8 +240,8 @@ def conv_fprop(x, w, geometry, out, *, stat=None, bias=None, residual=None, relu
             part=part)  # fmt: skip
 
 
-def conv_dgrad(dy, w, geometry, dx, *, pre=None, add=None, mask=None, act=None, stat=None, part=None, y=None, config,
-               precision="ieee"):  # fmt: skip
+def conv_dgrad(dy, w, geometry, dx, *, pre=None, pre_stat=None, coef=None, bits=None, add=None, mask=None, act=None,
+               stat=None, part=None, y=None, config, precision="ieee"):  # fmt: skip
     _, padding, dilation, _ = geometry
     K, C, R, S = w.shape
     # dx[h] gathers dy[h + pad - r*dilation].

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .batch_norm_act_bwd import gradient_map
 from .configs import blocks
-from .conv_tile import corner, float32, inside, nhwc
+from .conv_tile import corner, float32, inside, mask_bits, nhwc
 from .tile import channels, load_stat, normalise, relu
 
 _SIZES = ["M", "PER", "N", "H", "W", "P", "Q", "C", "K", "CG", "KG", "CT", "KT", "HT", "WT", "PT"]
@@ -51,6 +51,7 @@ def _gather_kernel(
     pre_ptr,
     pre_stat_ptr,
     coef_ptr,
+    bits_ptr,
     stat_ptr,
     M,
     PER,
@@ -123,6 +124,7 @@ def _gather_kernel(
     else:
         dy_offsets = i[:, None] * K + (g * KG + k)[None, :]
     at = lo.to(tl.int64) * K
+    bits_at = lo.to(tl.int64) * ((K + 7) // 8)
     acc = tl.zeros((BN, BK), tl.float32)
     for m0 in range(lo, hi, BM):
         in_m = i < hi - m0
@@ -140,6 +142,8 @@ def _gather_kernel(
             keep = in_m[:, None] & in_k[None, :]
             v = tl.load(dy_ptr + at + dy_offsets, mask=keep, other=0.0).to(tl.float32)
             before = tl.load(pre_ptr + at + dy_offsets, mask=keep, other=0.0).to(tl.float32)
+            if bits_ptr is not None:
+                v = tl.where(mask_bits(bits_ptr + bits_at, i, g * KG + k, in_m, in_k, K, ALIGNED_K), v, 0.0)
             v = gradient_map(v, before, pre_stat_ptr, coef_ptr, K, g * KG + k, in_k)
             dy = tl.trans(tl.where(keep, v, 0.0).to(dy_ptr.dtype.element_ty))
         if stat_ptr is not None:
@@ -149,6 +153,7 @@ def _gather_kernel(
             x = tl.where(x_keep, a, 0.0).to(x.dtype)
         acc = tl.dot(dy, x, acc, input_precision=PRECISION)
         at += BM * K
+        bits_at += BM * ((K + 7) // 8)
         w += step_w
         over_w = w >= w_end
         w = tl.where(over_w, w - Q * sw, w)
@@ -175,6 +180,7 @@ def _patch_kernel(
     pre_desc,
     pre_stat_ptr,
     coef_ptr,
+    bits_ptr,
     stat_ptr,
     N,
     H,
@@ -214,6 +220,7 @@ def _patch_kernel(
     shift_w = tap % S * dw - pw
     k = k0 + tl.arange(0, BN)
     c = c0 + tl.arange(0, BK)
+    i = tl.arange(0, BM)
     lo = slab * PER
     hi = tl.minimum(lo + PER, PT)
     acc = tl.zeros((BN, BK), tl.float32)
@@ -223,8 +230,14 @@ def _patch_kernel(
         x = _load_patch(x_desc, n0, p0 + shift_h, q0 + shift_w, c0, FLAT, BM, BK)
         if pre_desc is not None:
             before = _load_patch(pre_desc, n0, p0, q0, k0, FLAT, BM, BN).to(tl.float32)
-            v = gradient_map(dy.to(tl.float32), before, pre_stat_ptr, coef_ptr, K, k, k < K)
-            dy = tl.where(inside(n0, p0, q0, N, P, Q, TN, TH, TW)[:, None], v, 0.0).to(dy.dtype)
+            there = inside(n0, p0, q0, N, P, Q, TN, TH, TW)
+            v = dy.to(tl.float32)
+            if bits_ptr is not None:
+                image = (n0 + i // (TH * TW)).to(tl.int64)
+                pixel = (image * P + p0 + i // TW % TH) * Q + q0 + i % TW
+                v = tl.where(mask_bits(bits_ptr, pixel, k, there, k < K, K, True), v, 0.0)
+            v = gradient_map(v, before, pre_stat_ptr, coef_ptr, K, k, k < K)
+            dy = tl.where(there[:, None], v, 0.0).to(dy.dtype)
         if stat_ptr is not None:
             mean, scale, bias = load_stat(stat_ptr, C, c, c < C)
             a = relu(normalise(x.to(tl.float32), mean, scale, bias))
@@ -265,11 +278,11 @@ def _launch_gather(dy, x, geometry, out, slabs, per, pre, stat, config, options)
     KT, CT = blocks(KG, BN), blocks(CG, BK)
     # A slab's last step may look past the last image.
     wide = (N + BM // (P * Q) + 2) * H * W * C >= WIDE_FROM
-    a, pre_stat, coef = pre
+    a, pre_stat, coef, bits = pre
     _gather_kernel[(KT * CT * G * options["TAPS"], slabs)](
-        dy, x, out, a, pre_stat, coef, stat, N * P * Q, per * BM, H, W, P, Q, K, KG, C, CG, KT, CT, sh, sw, ph, pw, dh,
-        dw, WIDE=wide, ALIGNED_K=KG % 8 == 0, ALIGNED_C=CG % 8 == 0, EVEN_K=KG % BN == 0, EVEN_C=CG % BK == 0, BM=BM,
-        BN=BN, BK=BK, **options,
+        dy, x, out, a, pre_stat, coef, bits, stat, N * P * Q, per * BM, H, W, P, Q, K, KG, C, CG, KT, CT, sh, sw, ph,
+        pw, dh, dw, WIDE=wide, ALIGNED_K=KG % 8 == 0, ALIGNED_C=CG % 8 == 0, EVEN_K=KG % BN == 0,
+        EVEN_C=CG % BK == 0, BM=BM, BN=BN, BK=BK, **options,
     )  # fmt: skip
 
 
@@ -288,13 +301,13 @@ def _launch_patch(dy, x, geometry, out, slabs, per, pre, stat, config, options):
             return TensorDescriptor(t, [N, channels], [channels, 1], [BM, block])
         return nhwc(t, (N, rows, columns, channels), (TN, TH, TW, block))
 
-    a, pre_stat, coef = pre
+    a, pre_stat, coef, bits = pre
     HT, WT = blocks(P, TH), blocks(Q, TW)
     KT, CT = blocks(K, BN), blocks(C, BK)
     _patch_kernel[(KT * CT * options["TAPS"], slabs)](
         images(dy, P, Q, K, BN), images(x, H, W, C, BK), out, None if a is None else images(a, P, Q, K, BN), pre_stat,
-        coef, stat, N, H, W, P, Q, K, C, CT, HT, WT, blocks(N, TN) * HT * WT, per, ph, pw, dh, dw, FLAT=flat, TN=TN,
-        TH=TH, TW=TW, BN=BN, BK=BK, **options,
+        coef, bits, stat, N, H, W, P, Q, K, C, CT, HT, WT, blocks(N, TN) * HT * WT, per, ph, pw, dh, dw, FLAT=flat,
+        TN=TN, TH=TH, TW=TW, BN=BN, BK=BK, **options,
     )  # fmt: skip
 
 
@@ -317,8 +330,10 @@ def _check(dy, dw, geometry, config) -> None:
             )
 
 
-def conv_wgrad(dy, x, geometry, dw, *, pre=None, stat=None, config, precision="ieee"):
-    """``conv_wgrad`` of ``backends/reference_conv.py``; dw in any float dtype, rounded from float32 once.
+def conv_wgrad(dy, x, geometry, dw, *, pre=None, pre_stat=None, coef=None, bits=None, stat=None, config,
+               precision="ieee"):  # fmt: skip
+    """``conv_wgrad`` of ``backends/reference_conv.py``, the tuple ``pre`` one by one; dw in any float dtype, rounded
+    from float32 once.
 
     precision   of float32 products: "ieee", or "tf32" where the caller allows it.
     Allocates the slabs: float32 [slabs, K, R*S, C/groups].
@@ -342,6 +357,6 @@ def conv_wgrad(dy, x, geometry, dw, *, pre=None, stat=None, config, precision="i
     options = {"TAPS": R * S, "S": S, "PRECISION": precision, "num_warps": config.num_warps,
                "num_stages": config.num_stages}  # fmt: skip
     launch = _launch_gather if gather else _launch_patch
-    launch(dy, x, geometry, out, slabs, per, pre or (None, None, None), stat, config, options)
+    launch(dy, x, geometry, out, slabs, per, (pre, pre_stat, coef, bits), stat, config, options)
     if slabs > 1:
         _merge_kernel[(blocks(n, MERGE_BLOCK),)](out, dw, n, slabs, BLOCK=MERGE_BLOCK, num_warps=4)

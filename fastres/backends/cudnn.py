@@ -157,14 +157,16 @@ def _finish(part: torch.Tensor, n: int) -> None:
     part[0].fill_(n)
 
 
-def conv_dgrad(dy, w, geometry, dx, *, pre=None, add=None, mask=None, act=None, stat=None, part=None, y=None, config):
+def conv_dgrad(
+    dy, w, geometry, dx, *, pre=None, bits=None, add=None, mask=None, act=None, stat=None, part=None, y=None, config
+):
     """See ``reference_conv.conv_dgrad``. stat, coef and part float32; part ``[2, 1, C]``; no mask.
 
     Raises TypeError or ValueError for arguments that do not fit, `Unsupported` where cuDNN does not serve them.
     """
     if (act is None) != (stat is None):
         raise ValueError("conv_dgrad: act and stat come together")
-    hooks = _hooks(pre=pre, add=add, mask=mask, act=act, reduce=part, y=y)
+    hooks = _hooks(pre=pre, bits=bits, add=add, mask=mask, act=act, reduce=part, y=y)
     plans = _served("dgrad", hooks, dx.shape, w.shape, geometry, dy.dtype, dy.device, config, "")
     p = plans.request.problem
     grad, x, filters = (p.N, p.K, p.P, p.Q), (p.N, p.C, p.H, p.W), (p.K, p.C, p.R, p.S)
@@ -188,14 +190,14 @@ def conv_dgrad(dy, w, geometry, dx, *, pre=None, add=None, mask=None, act=None, 
     plans.run(config, addresses, part)
 
 
-def conv_wgrad(dy, x, geometry, dw, *, pre=None, stat=None, config):
+def conv_wgrad(dy, x, geometry, dw, *, pre=None, bits=None, stat=None, config):
     """See ``reference_conv.conv_wgrad``. stat float32; dw in the dtype of dy or float32; no pre.
 
     Raises TypeError or ValueError for arguments that do not fit, `Unsupported` where cuDNN does not serve them.
     """
     if dw.dtype not in (dy.dtype, torch.float32):
         raise ValueError(f"conv_wgrad: dw must be {dy.dtype} or torch.float32, got {dw.dtype}")
-    hooks = _hooks(pre=pre, prologue=stat)
+    hooks = _hooks(pre=pre, bits=bits, prologue=stat)
     out = str(dw.dtype).removeprefix("torch.")
     plans = _served("wgrad", hooks, x.shape, dw.shape, geometry, dy.dtype, dy.device, config, out)
     p = plans.request.problem

@@ -89,6 +89,8 @@ def why_not(request) -> list[str]:
         reasons.append("statistics are those of a convolution's output, not behind a residual or a ReLU")
     if "mask" in hooks:
         reasons.append("the mask of the joining gradient is packed in bits, cuDNN reads a byte an element")
+    if "bits" in hooks:
+        reasons.append("the mask in front of a BN's gradient is packed in bits, cuDNN reads a byte an element")
     if hooks & {"reduce", "y"} and "act" not in hooks:
         reasons.append("reduce and y need act")
     if request.kind == "dgrad" and hooks & {"reduce", "pre"} and tuple(p.stride) != (1, 1):

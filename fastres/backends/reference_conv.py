@@ -27,13 +27,14 @@ def _activation(x, stat):
     return out
 
 
-def _affine(dy, pre):
-    """The BN gradient's map ``coef0*g + coef1*(a - mean) + coef2`` of ``pre = (a, stat, coef)``, rounded."""
+def _affine(dy, pre, bits):
+    """The BN gradient's map ``coef0*g + coef1*(a - mean) + coef2`` of ``pre = (a, stat, coef)``, rounded; g is dy where
+    the ``bits`` of a ReLU's mask let it pass."""
     if pre is None:
         return dy
     a, stat, coef = pre
     out = torch.empty_like(dy)
-    reference.bn_bwd_apply(dy, a, *_matrix(dy), stat, coef, None, None, None, None, False, out, None)
+    reference.bn_bwd_apply(dy, a, *_matrix(dy), stat, coef, None, None, None, bits, bits is not None, out, None)
     return out
 
 
@@ -56,10 +57,13 @@ def conv_fprop(x, w, geometry, out, *, stat=None, bias=None, residual=None, relu
         reference.bn_stats(out, *_matrix(out), part.shape[1], part)
 
 
-def conv_dgrad(dy, w, geometry, dx, *, pre=None, add=None, mask=None, act=None, stat=None, part=None, y=None):
+def conv_dgrad(
+    dy, w, geometry, dx, *, pre=None, bits=None, add=None, mask=None, act=None, stat=None, part=None, y=None
+):
     """dx = gradient of the input, rounded once.
 
     pre       (a, stat_a, coef): dy is the BN-backward map of dy first (see ``_affine``), rounded to dtype.
+    bits      uint8 [N*P*Q, ceil(K/8)], or None: the map's dy is that behind this ReLU mask. Needs pre.
     add       [N, C, H, W], or None: joins the gradient before rounding, where ``mask`` (uint8 [M, ceil(C/8)]) lets it
               pass; without ``mask`` everywhere.
     act, stat [N, C, H, W] and acc [5, C], or None: dx is kept where the ReLU of bn(act) passes, zero elsewhere.
@@ -68,7 +72,7 @@ def conv_dgrad(dy, w, geometry, dx, *, pre=None, add=None, mask=None, act=None, 
     """
     stride, padding, dilation, groups = geometry
     acc = acc_dtype(dy.dtype)
-    g = _affine(dy, pre).to(acc)
+    g = _affine(dy, pre, bits).to(acc)
     v = torch.nn.grad.conv2d_input(dx.shape, w.to(acc), g, stride, padding, dilation, groups)
     M, C = _matrix(dx)
     if add is not None:
@@ -96,12 +100,12 @@ def _bits(mask, like):
     return passed.reshape(N, H, W, C).permute(0, 3, 1, 2)
 
 
-def conv_wgrad(dy, x, geometry, dw, *, pre=None, stat=None):
+def conv_wgrad(dy, x, geometry, dw, *, pre=None, bits=None, stat=None):
     """dw ``[K, C/groups, R, S]`` channels_last, in the dtype of dy or in the accumulator type; rounded once.
 
-    pre       as in `conv_dgrad`. stat: as in `conv_fprop`, for x.
+    pre, bits as in `conv_dgrad`. stat: as in `conv_fprop`, for x.
     """
     stride, padding, dilation, groups = geometry
     acc = acc_dtype(dy.dtype)
-    g, h = _affine(dy, pre).to(acc), _activation(x, stat).to(acc)
+    g, h = _affine(dy, pre, bits).to(acc), _activation(x, stat).to(acc)
     dw.copy_(torch.nn.grad.conv2d_weight(h, dw.shape, g, stride, padding, dilation, groups))

@@ -52,12 +52,21 @@ def _check_vectors(fn: str, device, vectors: dict) -> None:
             conv_checks.vector(fn, name, t, device, shape)
 
 
-def _check_mask(fn: str, mask, like) -> None:
+def _check_mask(fn: str, mask, like, name: str = "mask") -> None:
     if mask is None:
         return
     N, C, H, W = like.shape
     if mask.dtype != torch.uint8 or not mask.is_contiguous() or mask.numel() != N * H * W * -(-C // 8):
-        raise ValueError(f"{fn}: mask must be contiguous uint8 [{N * H * W}, {-(-C // 8)}], got {list(mask.shape)}")
+        raise ValueError(f"{fn}: {name} must be contiguous uint8 [{N * H * W}, {-(-C // 8)}], got {list(mask.shape)}")
+
+
+def _check_pre(fn: str, dy, pre, bits) -> None:
+    if pre is not None:
+        K = dy.shape[1]
+        _check_vectors(fn, dy.device, {"stat of pre": (pre[1], (5, K)), "coef of pre": (pre[2], (3, K))})
+    elif bits is not None:
+        raise ValueError(f"{fn}: bits need pre")
+    _check_mask(fn, bits, dy, "bits")
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -84,38 +93,43 @@ def conv_fprop(x, w, geometry, out, *, stat=None, bias=None, residual=None, relu
     )
 
 
-def conv_dgrad(dy, w, geometry, dx, *, pre=None, add=None, mask=None, act=None, stat=None, part=None, y=None, config):
+def conv_dgrad(
+    dy, w, geometry, dx, *, pre=None, bits=None, add=None, mask=None, act=None, stat=None, part=None, y=None, config
+):
     """See ``reference_conv.conv_dgrad``. part float32 [2, conv_parts, C]."""
     problem = problem_of(dx.shape, w.shape, geometry)
     grad = (problem.N, problem.K, problem.P, problem.Q)
     x = dx.shape
     shapes = {"dy": (dy, grad), "w": (w, w.shape), "dx": (dx, x), "add": (add, x), "act": (act, x), "y": (y, x)}
     _check("conv_dgrad", dy, {**shapes, **({"pre": (pre[0], grad)} if pre else {})}, config)
+    _check_pre("conv_dgrad", dy, pre, bits)
     T = conv_parts("dgrad", problem, config) if part is not None else 0
     _check_vectors("conv_dgrad", dy.device, {"stat": (stat, (5, problem.C)), "part": (part, (2, T, problem.C))})
     _check_mask("conv_dgrad", mask, dx)
     if act is None and not (stat is part is y is None):
         raise ValueError("conv_dgrad: stat, part and y need act")
     trusted.conv_dgrad(
-        dy, w, geometry, dx, pre=pre, add=add, mask=mask, act=act, stat=stat, part=part, y=y, config=config
+        dy, w, geometry, dx, pre=pre, bits=bits, add=add, mask=mask, act=act, stat=stat, part=part, y=y, config=config
     )
 
 
-def conv_wgrad(dy, x, geometry, dw, *, pre=None, stat=None, config):
+def conv_wgrad(dy, x, geometry, dw, *, pre=None, bits=None, stat=None, config):
     """See ``reference_conv.conv_wgrad``. dw in the dtype of dy or float32."""
     problem = problem_of(x.shape, dw.shape, geometry)
     grad = (problem.N, problem.K, problem.P, problem.Q)
-    _check("conv_wgrad", dy, {"dy": (dy, grad), "x": (x, x.shape)}, config)
+    shapes = {"dy": (dy, grad), "x": (x, x.shape)}
+    _check("conv_wgrad", dy, {**shapes, **({"pre": (pre[0], grad)} if pre else {})}, config)
+    _check_pre("conv_wgrad", dy, pre, bits)
     if dw.dtype not in (dy.dtype, torch.float32) or not dw.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"conv_wgrad: dw must be channels_last {dy.dtype} or float32, got {dw.dtype} {dw.stride()}")
     _check_vectors("conv_wgrad", dy.device, {"stat": (stat, (5, problem.C))})
-    trusted.conv_wgrad(dy, x, geometry, dw, pre=pre, stat=stat, config=config)
+    trusted.conv_wgrad(dy, x, geometry, dw, pre=pre, bits=bits, stat=stat, config=config)
 
 
 _SIGNATURES = {
     "conv_fprop": "x@ w@ geometry out* | stat? bias? residual? relu part? config precision",
-    "conv_dgrad": "dy* w@ geometry dx@ | pre! add? mask? act? stat? part? y? config precision",
-    "conv_wgrad": "dy* x@ geometry dw@ | pre! stat? config precision",
+    "conv_dgrad": "dy* w@ geometry dx@ | pre? pre_stat? coef? bits? add? mask? act? stat? part? y? config precision",
+    "conv_wgrad": "dy* x@ geometry dw@ | pre? pre_stat? coef? bits? stat? config precision",
 }
 
 
@@ -147,6 +161,9 @@ def _parts(kind: str, x_shape, w_shape, geometry, config) -> int:
     return kernels(config).parts(kind, problem_of(x_shape, w_shape, geometry), config)
 
 
+_NO_PRE = (None, None, None)
+
+
 class _Trusted:
     """The same functions without their checks, for ops that allocated or checked every argument themselves."""
 
@@ -161,18 +178,23 @@ class _Trusted:
         )  # fmt: skip
 
     @staticmethod
-    def conv_dgrad(dy, w, geometry, dx, *, pre=None, add=None, mask=None, act=None, stat=None, part=None, y=None,
-                   config):  # fmt: skip
+    def conv_dgrad(dy, w, geometry, dx, *, pre=None, bits=None, add=None, mask=None, act=None, stat=None, part=None,
+                   y=None, config):  # fmt: skip
+        a, pre_stat, coef = pre or _NO_PRE
         parts = 0 if part is None else _parts("dgrad", dx.shape, w.shape, geometry, config)
         _with_long_part(
-            _replayed(config.kernel, "conv_dgrad"), parts, part, dy, w, geometry, dx, pre=pre, add=add,
-            mask=mask, act=act, stat=stat, y=y, config=config, precision=precision(dy.dtype),
+            _replayed(config.kernel, "conv_dgrad"), parts, part, dy, w, geometry, dx, pre=a, pre_stat=pre_stat,
+            coef=coef, bits=bits, add=add, mask=mask, act=act, stat=stat, y=y, config=config,
+            precision=precision(dy.dtype),
         )  # fmt: skip
 
     @staticmethod
-    def conv_wgrad(dy, x, geometry, dw, *, pre=None, stat=None, config):
-        launch = _replayed(config.kernel, "conv_wgrad")
-        launch(dy, x, geometry, dw, pre=pre, stat=stat, config=config, precision=precision(dy.dtype))
+    def conv_wgrad(dy, x, geometry, dw, *, pre=None, bits=None, stat=None, config):
+        a, pre_stat, coef = pre or _NO_PRE
+        _replayed(config.kernel, "conv_wgrad")(
+            dy, x, geometry, dw, pre=a, pre_stat=pre_stat, coef=coef, bits=bits, stat=stat, config=config,
+            precision=precision(dy.dtype),
+        )  # fmt: skip
 
 
 trusted = _Trusted()

@@ -224,6 +224,7 @@ def _rows(case: Case, times, errors, memory, source: str, baseline: str) -> list
             "layout": "channels_last",
             "device": case.device,
             "memory": case.memory if name.startswith("fastres") else "default",
+            **({"compile_mode": case.compile_mode} if name == "torch.compile" else {}),
             "backend": name,
             **timing.summary(samples),
             "error_vs_float64": errors[name],

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import sys
 
-TABLES = ("triton", "cuda", "conv", "model")
+TABLES = ("triton", "cuda", "conv", "candidates", "model")
 #: A table's figure: the module that draws it.
 FIGURES = {"model": "roofline"}
 

@@ -17,7 +17,7 @@ import tempfile
 
 from fastres.codegen import model, plans, sass
 from fastres.codegen import triton as table
-from fastres.problem import ConvProblem
+from fastres.problem import ConvProblem, arguments
 
 PATH = table.PATH.with_name("conv.md")
 ARCHITECTURES = (80, 89, 90, 100)
@@ -78,31 +78,11 @@ class Tensor(table.Operand):
 def launch(kind: str, problem, hooks: tuple[str, ...], config, type: str = "bf16") -> list:
     """What the launcher of ``config`` would run for the problem: (kernel, args, kwargs) each."""
     module = importlib.import_module(f"fastres.triton_kernels.{_configs().FILES[config.kernel]}")
-    p, hooks = problem, set(hooks)
-    x, y = Tensor(type, (p.N, p.C, p.H, p.W)), Tensor(type, (p.N, p.K, p.P, p.Q))
-    w = Tensor(type, (p.K, p.C // p.groups, p.R, p.S))
-    mask = Tensor("u8", (p.N * p.H * p.W, -(-p.C // 8)))
-    c, k = Tensor("fp32", (5, p.C)), Tensor("fp32", (5, p.K))
-    parts = module.parts(kind, p, config) if hooks & {"stats", "reduce"} else 0
-    part = Tensor("fp32", (3 if kind == "fprop" else 2, parts, p.K if kind == "fprop" else p.C))
-    pre = (y, k, Tensor("fp32", (3, p.K))) if "pre" in hooks else None
-
-    def given(hook, value):
-        return value if hook in hooks else None
-
+    parts = module.parts(kind, problem, config) if set(hooks) & {"stats", "reduce"} else 0
+    types = {"float32": "fp32", "uint8": "u8", type: type}
+    given, named = arguments(kind, problem, hooks, parts, type, lambda t, shape: Tensor(types[t], shape))
     with table.intercepted() as launches:
-        if kind == "fprop":
-            module.conv_fprop(
-                x, w, p.geometry, y, stat=given("prologue", c), bias=given("bias", k), residual=given("residual", y),
-                relu="relu" in hooks, part=given("stats", part), config=config,
-            )  # fmt: skip
-        elif kind == "dgrad":
-            module.conv_dgrad(
-                y, w, p.geometry, x, pre=pre, add=given("add", x), mask=given("mask", mask), act=given("act", x),
-                stat=given("act", c), part=given("reduce", part), y=given("y", x), config=config,
-            )  # fmt: skip
-        else:
-            module.conv_wgrad(y, x, p.geometry, w, pre=pre, stat=given("prologue", c), config=config)
+        getattr(module, f"conv_{kind}")(*given, config=config, **named)
     return launches
 
 
@@ -126,8 +106,8 @@ def kernel_of(kind: str, problem, hooks: tuple[str, ...]) -> plans.Kernel:
     """The launch as the performance model sees it, bf16."""
     p, hooks = problem, set(hooks)
     x, y = plans.Buffer("x", 2 * p.elements[0]), plans.Buffer("y", 2 * p.elements[2])
-    bits = plans.Buffer("mask", p.elements[0] // 8)
-    extra = {"residual": y, "pre": y, "add": x, "mask": bits, "act": x}
+    mask, bits = plans.Buffer("mask", p.elements[0] // 8), plans.Buffer("bits", p.elements[2] // 8)
+    extra = {"residual": y, "pre": y, "bits": bits, "add": x, "mask": mask, "act": x}
     reads = tuple(extra[h] for h in sorted(hooks & set(extra)))
     found = plans.product(kind, p, "", "", "", reads, (x,) if "y" in hooks else ())
     # A row of a filter over few channels is one dense step (conv_narrow.py): its width is not that of a channel.
@@ -388,9 +368,14 @@ def sections(text: str) -> dict[str, str]:
 
 def page(found: list[Row], before: str) -> str:
     """The whole page: ``found`` under the running Triton, the other versions' sections as they stood in ``before``."""
-    parts = {**sections(before), table.version(): section(table.version(), found)}
+    return assembled(header(), section(table.version(), found), before)
+
+
+def assembled(head: str, mine: str, before: str) -> str:
+    """A page of ``head``, the running Triton's section and those of other versions in ``before``, in order."""
+    parts = {**sections(before), table.version(): mine}
     ordered = sorted(parts, key=lambda v: [int(n) for n in re.findall(r"\d+", v)])
-    return "\n".join([header(), *(parts[v].rstrip() + "\n" for v in ordered)])
+    return "\n".join([head, *(parts[v].rstrip() + "\n" for v in ordered)])
 
 
 def generate(jobs: int = 2) -> str:

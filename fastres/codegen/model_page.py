@@ -140,7 +140,8 @@ beyond its bytes are left out. So the fused plans are what their traffic allows,
 * **A'**: statistics in the fprop epilogue; ReLU mask, BN reductions and the recomputed activation in the dgrad
   epilogue; the residual's gradient added in the first convolution's dgrad.
 * **A**: A' with operand prologues (normalise and ReLU, and the affine map of the BN gradient, while loading). In
-  dgrad and wgrad of the last convolution and of the projection the prologue reads the ReLU's bits.
+  dgrad and wgrad of the last convolution the prologue reads the ReLU's bits; behind a projection both BN gradients are
+  written by one pass. An upper bound: the engine forms an operand so only where `fastres.tune` measured it faster.
 """
     ]
     for chip in chips:

@@ -9,8 +9,9 @@ compile   torch.compile: pointwise work fused into one reduction and one map per
 fastres   `ops/engine.py` as it is on library convolutions: statistics a pass of their own.
 A'        statistics in the fprop epilogue; ReLU mask, reductions and the recomputed activation in the dgrad epilogue,
           the residual's gradient in the first dgrad's.
-A         A' with operand prologues: inner activations and BN gradients are never written. The prologues of the last
-          convolution and of the projection read the ReLU's bits.
+A         A' with operand prologues: inner activations and BN gradients are never written. The prologue of the last
+          convolution reads the ReLU's bits. Behind a projection both BN gradients are written by one pass, as in A'.
+          An upper bound: `ops/engine.py` forms an operand while loading where that was measured to be faster.
 """
 
 from __future__ import annotations
@@ -284,7 +285,7 @@ def _fused(block: Block, epilogues: bool, prologues: bool) -> list[Kernel]:
     # Backward. ``pre``: what a prologue reads beside the gradient itself to form da.
     found.append(_pass("bn_bwd_reduce", (g, a, mask, own)))
     source, pre = "da", ()
-    if prologues:
+    if prologues and not q:
         source, pre = "g", (a, mask)
     else:
         found.append(_pass("bn_bwd_apply", (g, a, mask, own), (_y(chain[-1], "da"), dap)))
@@ -303,9 +304,8 @@ def _fused(block: Block, epilogues: bool, prologues: bool) -> list[Kernel]:
     p = chain[0]
     found.append(product("wgrad", p, "conv1", source, "x", pre))
     if q:
-        source_q, pre_q = ("g", (own, mask)) if prologues else ("dap", ())
-        found.append(product("wgrad", q, "projection", source_q, "x", pre_q))
-        found.append(product("dgrad", q, "projection", source_q, "dx'", pre_q))
+        found.append(product("wgrad", q, "projection", "dap", "x"))
+        found.append(product("dgrad", q, "projection", "dap", "dx'"))
     if epilogues:
         shortcut = (_x(p, "dx'"),) if q else (g, mask)
         found.append(product("dgrad", p, "conv1", source, "dx", (*pre, *shortcut)))

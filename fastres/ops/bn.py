@@ -149,6 +149,11 @@ def backward_coefficients(k, part, plane, T, M, C, stat, batch_stats, want_weigh
     return dweight, dbias, coef
 
 
+def one_pass_tiles(k, op, x, batch_stats, planes, backend) -> int:
+    """Tiles of the one launch that serves a BN over ``x`` (``planes`` 1: forward, 2: backward); 0 where none does."""
+    return dispatch.one_pass_tiles(k, op, x, *matrix(x), planes, backend) if batch_stats else 0
+
+
 def normalise(
     k, op, x, weight, bias, mean, var, batch_stats, eps, residual, rstat, relu, out, mask, backend, part=None
 ):
@@ -157,7 +162,7 @@ def normalise(
     Returns ``stat``. ``out`` may be x; ``rstat``: that of the residual's own BN, or None.
     """
     M, C = matrix(x)
-    T = dispatch.one_pass_tiles(k, op, x, M, C, 1, backend) if batch_stats and part is None else 0
+    T = one_pass_tiles(k, op, x, batch_stats, 1, backend) if part is None else 0
     if not T:
         stat = statistics(k, x, weight, bias, mean, var, batch_stats, eps, part)
         k.bn_apply(x, M, C, stat, residual, rstat, relu, out, mask)
@@ -174,7 +179,7 @@ def backward_in_one(k, op, grad, x, stat, mask, relu, batch_stats, want_weight, 
     For statistics of the batch; the residual that ``dres`` belongs to has no BN of its own.
     """
     M, C = matrix(x)
-    T = dispatch.one_pass_tiles(k, op, x, M, C, 2, backend) if batch_stats else 0
+    T = one_pass_tiles(k, op, x, batch_stats, 2, backend)
     if not T:
         return None
     dweight = stat.new_empty(C) if want_weight else None

@@ -2,9 +2,10 @@
 
     h_0 = x;  a_i = conv_i(h_i);  h_{i+1} = relu(bn_i(a_i));  out = act(bn_n(a_n) + shortcut)
 
-Convolutions are the library's; everything between two of them is one pass over memory forward. Backward, per
-convolution: the ReLU's mask, the BN reductions and the recomputed activation h share one pass, the affine map of
-the BN gradient is the second, written over the incoming gradient. The residual's gradient joins in one pass.
+Everything between two convolutions is one pass over memory forward. Backward, per convolution: the ReLU's mask, the BN
+reductions and the recomputed activation h share one pass, the affine map of the BN gradient is the second, written over
+the incoming gradient. The residual's gradient joins in one pass. Whatever of this rides along with a convolution, or is
+formed by one while it loads its operands, does so in `fastres.riding`, which falls back on these passes.
 
 Saved: x, the convolution outputs a_i, per-channel vectors and the last ReLU's bits, but no h_i: 10.25 of the 12
 units of an eager bottleneck. ``memory="low"`` also drops a_n and the projection's output and computes those
@@ -67,20 +68,25 @@ def _fwd(x, residual, weights, biases, bn_weight, bn_bias, mean, var, batch_stat
     def bn(i):
         return bn_weight[i], bn_bias[i], mean[i], var[i], batch_stats[i], eps[i]
 
-    h = x
-    for i in range(c.n - 1):
-        a, part = riding.fprop(h, weights[i], biases[i], c.g[i], batch_stats[i])
-        h = new(a, a.shape) if save else a
-        stats.append(steps.normalise(k, op, a, *bn(i), None, None, True, h, None, backend, part))
+    h, last = riding.Activation(x), c.n - 1
+    for i in range(c.n):
+        a, part = riding.fprop(k, h, weights[i], biases[i], c.g[i], batch_stats[i])
+        if i == last:
+            break
+        if part is None and steps.one_pass_tiles(k, op, a, batch_stats[i], 1, backend):
+            h = riding.Activation(new(a, a.shape) if save else a)
+            stats.append(steps.normalise(k, op, a, *bn(i), None, None, True, h.tensor, None, backend))
+        else:
+            stats.append(steps.statistics(k, a, *bn(i), part))
+            h = riding.Activation(raw=a, stat=stats[i], room=None if save else a)
         kept.append(a)
-    last = c.n - 1
-    a, part = riding.fprop(h, weights[last], biases[last], c.g[last], batch_stats[last])
     M, C = matrix(a)
     rstat = shortcut = None
     if kind == IDENTITY:
         shortcut = x
     elif kind == PROJECTION:
-        shortcut, rpart = riding.fprop(x, weights[c.n], biases[c.n], c.g[c.n], batch_stats[c.n])
+        entry = riding.Activation(x)
+        shortcut, rpart = riding.fprop(k, entry, weights[c.n], biases[c.n], c.g[c.n], batch_stats[c.n])
         rstat = steps.statistics(k, shortcut, *bn(c.n), rpart)
     elif kind in (TENSOR, TENSOR_BN):
         shortcut = given(residual, "residual", a)
@@ -140,27 +146,21 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
         """Whether anything under convolution i wants its input's gradient."""
         return needs[0] or any(needs[2 : 2 + 4 * i])
 
-    h = None
+    def source(i):
+        """The input of convolution i."""
+        return riding.Activation(x) if i == 0 else riding.Activation(raw=acts[i - 1], stat=stats[i - 1])
+
+    h = source(last)
     if low:
-        # The input of the last convolution, then what that convolution made of it.
-        h = x
-        if n > 1:
-            h = new(acts[-1], acts[-1].shape)
-            k.bn_apply(acts[-1], *matrix(h), stats[last - 1], None, None, True, h, None)
-        acts.append(riding.fprop(h, weights[last], biases[last], c.g[last], batch_stats[last], again=True)[0])
+        acts.append(riding.fprop(k, h, weights[last], biases[last], c.g[last], batch_stats[last], again=True)[0])
         if c.projected:
-            acts.append(riding.fprop(x, weights[n], biases[n], c.g[n], batch_stats[n], again=True)[0])
+            again = riding.fprop(k, source(0), weights[n], biases[n], c.g[n], batch_stats[n], again=True)
+            acts.append(again[0])
     shortcut = acts[n] if c.projected else (given(residual, "residual", grad) if kind == TENSOR_BN else None)
     rstat = stats[n] if own else None
 
-    def reduce(dy, i, planes, r, rs, bits, act, y):
-        M, C = matrix(dy)
-        T = c.tiles(M, C)
-        part = torch.empty((planes, T, C), dtype=stats[i].dtype, device=dy.device)
-        k.bn_bwd_reduce(dy, acts[i], M, C, stats[i], r, rs, bits, act, T, part, y)
-        return part, T, M, C
-
-    def coefficients(part, plane, T, M, C, i):
+    def coefficients(part, plane, i):
+        T, (M, C) = part.shape[1], matrix(acts[min(i, last)])  # the shortcut has the output's shape
         dparams[i][2], dparams[i][3], coef = steps.backward_coefficients(
             k, part, plane, T, M, C, stats[i], batch_stats[i], need(i, 2), need(i, 3)
         )
@@ -174,77 +174,65 @@ def _bwd(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, 
             dparams[i][2], dparams[i][3] = vectors
         return vectors is not None
 
-    da = new(x, grad.shape)
     want_res = c.projected or (kind in (TENSOR, TENSOR_BN) and needs[1])
     dres = new(x, grad.shape) if want_res else None
-    if own or not in_one(grad, last, mask, relu, da, dres, None):
-        part, T, M, C = reduce(grad, last, 3 if own else 2, shortcut, rstat, mask, relu, None)
-        coef = coefficients(part, 1, T, M, C, last)
-        rcoef = coefficients(part, 2, T, M, C, n) if own else None
-        if dres is None:
-            shortcut = rstat = rcoef = None  # they serve the residual's gradient alone
-        k.bn_bwd_apply(grad, acts[last], M, C, stats[last], coef, shortcut, rstat, rcoef, mask, relu, da, dres)
-
-    def input_gradient(da):
-        """Gradient of x through the first convolution and the shortcut."""
-        other = bits = None
-        if c.projected:
-            other = riding.dgrad(dres, x, weights[n], c.g[n])
-        elif kind == IDENTITY:
-            other, bits = grad, mask
-        if other is None:
-            return riding.dgrad(da, x, weights[0], c.g[0])
-        dx = riding.dgrad_add(da, weights[0], c.g[0], other, bits)
-        if dx is None:
-            dx = riding.dgrad(da, x, weights[0], c.g[0])
-            if bits is None:
-                dx.add_(other)
-            else:
-                k.mask_add(dx, other, bits, *matrix(dx), dx)
-        return dx
+    whole = not own and bool(steps.one_pass_tiles(k, op, grad, batch_stats[last], 2, backend))
+    da = new(x, grad.shape) if want_res or whole else None
+    if whole:
+        in_one(grad, last, mask, relu, da, dres, None)
+        dy = riding.Gradient(da)
+    else:
+        M, C = matrix(grad)
+        T = c.tiles(M, C)
+        part = torch.empty((3 if own else 2, T, C), dtype=stats[last].dtype, device=grad.device)
+        k.bn_bwd_reduce(grad, acts[last], M, C, stats[last], shortcut, rstat, mask, relu, T, part, None)
+        coef = coefficients(part, 1, last)
+        rcoef = coefficients(part, 2, n) if own else None
+        if want_res:
+            k.bn_bwd_apply(grad, acts[last], M, C, stats[last], coef, shortcut, rstat, rcoef, mask, relu, da, dres)
+            dy = riding.Gradient(da)
+        else:
+            dy = riding.Gradient(dy=grad, raw=acts[last], stat=stats[last], coef=coef, bits=mask, relu=relu)
 
     dx = None
     for i in range(last, -1, -1):
-        source = x if i == 0 else h
-        rode = done = False
-        if i > 0 and below(i):
-            want_y = source is None and need(i, 0)
-            whole = riding.dgrad_act(da, weights[i], c.g[i], acts[i - 1], stats[i - 1], want_y)
-            if whole is not None:
-                dy, part, y = whole
-                T, (M, C), rode = part.shape[1], matrix(dy), True
-                source = y if want_y else source
-            else:
-                dy = riding.dgrad(da, acts[i - 1], weights[i], c.g[i])
-                source = new(acts[i - 1], acts[i - 1].shape) if want_y else source
-                y = source if want_y else None
-                done = in_one(dy, i - 1, None, True, dy, None, y)
-                if not done:
-                    part, T, M, C = reduce(dy, i - 1, 2, None, None, None, True, y)
-        elif i > 0 and source is None and need(i, 0):
-            source = new(acts[i - 1], acts[i - 1].shape)
-            k.bn_apply(acts[i - 1], *matrix(source), stats[i - 1], None, None, True, source, None)
-        if need(i, 0) or need(i, 1):
-            reference = source if source is not None else acts[i - 1]
-            dparams[i][0], dparams[i][1] = riding.wgrad(da, reference, weights[i], c.g[i], need(i, 1))
-        h = source = None
-        if i == 0 and needs[0]:
-            dx = input_gradient(da)
-        elif i > 0:
-            if not below(i):
-                break
-            if not done:
-                coef = coefficients(part, 1, T, M, C, i - 1)
-                # What rode along with the dgrad is behind the ReLU already.
-                k.bn_bwd_apply(dy, acts[i - 1], M, C, stats[i - 1], coef, None, None, None, None, not rode, dy, None)
-            da = dy
-    if c.projected and (need(n, 0) or need(n, 1)):
-        dparams[n][0], dparams[n][1] = riding.wgrad(dres, x, weights[n], c.g[n], need(n, 1))
+        join, wants = None, needs[0] if i == 0 else below(i)
+        if i == 0 and wants:
+            # The gradient of x by way of the shortcut.
+            if c.projected:
+                wanted = True, need(n, 0), need(n, 1)
+                dx, _, _, *dparams[n][:2] = riding.backward(
+                    k, riding.Gradient(dres), source(0), weights[n], c.g[n], wanted
+                )
+                join = dx, None
+            elif kind == IDENTITY:
+                join = grad, mask
+        dh, part, behind, dparams[i][0], dparams[i][1] = riding.backward(
+            k, dy, h, weights[i], c.g[i], (wants, need(i, 0), need(i, 1)), join,
+            whole=lambda dx, y, i=i: in_one(dx, i - 1, None, True, dx, None, y),
+        )  # fmt: skip
+        if i == 0:
+            dx = dh
+        elif not wants:
+            break
+        elif part is None:
+            dy, h = riding.Gradient(dh), source(i - 1)
+        else:
+            # What rode along with the dgrad is behind the ReLU already.
+            dy = riding.Gradient(dy=dh, raw=acts[i - 1], stat=stats[i - 1], coef=coefficients(part, 1, i - 1),
+                                 relu=not behind, room=dh)  # fmt: skip
+            h = source(i - 1)
+    if c.projected and not needs[0] and (need(n, 0) or need(n, 1)):
+        dparams[n][:2] = riding.wgrad(k, riding.Gradient(dres), source(0), weights[n], c.g[n], need(n, 1))
     for row, dw in zip(dparams, cast_all([row[0] for row in dparams[: len(types)]], types), strict=False):
         row[0] = dw
     flat = [t if need(i, j) else None for i, row in enumerate(dparams) for j, t in enumerate(row)]
-    wanted = [dx if needs[0] else None, None if c.projected else dres, *flat]
-    return [nothing(x) if t is None else t for t in wanted]
+    return [dx if needs[0] else None, None if c.projected else dres, *flat]
+
+
+def _bwd_whole(grad, x, *rest):
+    """As an operator has to return it: a placeholder for what was not asked for."""
+    return [nothing(x) if t is None else t for t in _bwd(grad, x, *rest)]
 
 
 def _bwd_fake(grad, x, residual, weights, biases, stats, acts, mask, geometry, kind, relu, low, batch_stats, needs, op,
@@ -271,8 +259,9 @@ bwd_op = register(
     "block_bwd(Tensor grad, Tensor x, Tensor? residual, Tensor[] weights, Tensor?[] biases, Tensor[] stats,"
     " Tensor[] acts, Tensor? mask, int[] geometry, int kind, bool relu, bool low, bool[] batch_stats, bool[] needs,"
     " str op, str backend) -> Tensor[]",
-    _bwd,
+    _bwd_whole,
     _bwd_fake,
+    _bwd,
 )
 
 

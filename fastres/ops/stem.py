@@ -50,7 +50,7 @@ def _image(a: Tensor, shape, pool):
 
 def _fwd(x, weight, bias, bn_weight, bn_bias, mean, var, batch_stats, eps, geometry, pool, save, backend):
     k = steps.launcher("stem", x, weight.shape[0], backend)
-    a, part = riding.fprop(nhwc(x), weight, bias, engine._geometry(geometry, 0), batch_stats)
+    a, part = riding.fprop(k, riding.Activation(nhwc(x)), weight, bias, engine._geometry(geometry, 0), batch_stats)
     stat = steps.statistics(k, a, bn_weight, bn_bias, mean, var, batch_stats, eps, part)
     shape = _pooled(a.shape, pool)
     size, window = _image(a, shape, pool)
@@ -87,11 +87,12 @@ def _bwd(grad, x, weight, a, idx, stat, geometry, pool, batch_stats, needs, back
     if any(needs[:3]):
         da = new(a, a.shape)
         k.stem_bwd_apply(grad, idx, a, *size, stat, coef, *window, da)
+        dy = riding.Gradient(da)
         if needs[1] or needs[2]:
-            dw, db = riding.wgrad(da, nhwc(x), weight, g, needs[2])
+            dw, db = riding.wgrad(k, dy, riding.Activation(nhwc(x)), weight, g, needs[2])
             dw = cast(dw, weight.dtype)
         if needs[0]:
-            dx = riding.dgrad(da, x, weight, g)
+            dx = riding.dgrad(k, dy, x, weight, g)
     wanted = (dx, dw if needs[1] else None, db, dgamma, dbeta)
     return tuple(nothing(x) if t is None else t for t in wanted)
 
