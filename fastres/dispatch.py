@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -127,10 +128,13 @@ def one_pass_tiles(k, op: str, x: torch.Tensor, M: int, C: int, tensors: int, na
     """Row tiles of one launch over ``[M, C]`` that keeps so many tensors like ``x`` on chip; 0: launch separately.
 
     ``k`` are the launch functions that serve ``op`` on ``x``, ``name`` the forced backend or empty. The automatic
-    choice takes them only after they have proven themselves on this device, dtype and channel count.
+    choice takes them where ``FASTRES_ONE_PASS=1`` asks for it (no GPU has timed them yet, so they could be slower), and
+    only after they have proven themselves on this device, dtype and channel count.
     """
     why_not = getattr(k, "why_not_one_pass", None)
-    if why_not is None or why_not(x.device, x.dtype, M, C, tensors):
+    if why_not is None or (not name and os.environ.get("FASTRES_ONE_PASS") != "1"):
+        return 0
+    if why_not(x.device, x.dtype, M, C, tensors):
         return 0
     if not name:
         request = Request(op, x.device, x.dtype, C)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastres import convolution as library
 from fastres import dispatch, tuning
-from fastres.ops.bn import new
+from fastres.memory import new
 from fastres.problem import ConvRequest, Geometry, OperandRequest, problem_of
 
 _CL = torch.channels_last

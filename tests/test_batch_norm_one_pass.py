@@ -200,6 +200,9 @@ def test_why_not_under_torch_distributed(emulator, monkeypatch):
 
 def test_only_proven_kernels_serve_the_automatic_choice(emulator, monkeypatch):
     x = torch.empty(64, 64)
+    monkeypatch.delenv("FASTRES_ONE_PASS", raising=False)
+    assert dispatch.one_pass_tiles(emulator, "batch_norm_act", x, 64, 64, 1, "") == 0, "not without being asked for"
+    monkeypatch.setenv("FASTRES_ONE_PASS", "1")
     seen = []
     dispatch._one_pass_is_right.cache_clear()
     monkeypatch.setattr(verify, "failure", lambda request, name, k, functions: seen.append(functions) or "off by one")

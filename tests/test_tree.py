@@ -42,8 +42,8 @@ CEILING = 420
 LAYERS = (
     ("fastres.backends.reference", "fastres.triton_kernels", "fastres._cpu", "fastres._cuda", "fastres._emulator"),
     ("fastres.problem", "fastres.bench.timing", "fastres.graphs"),  # plain data; a stopwatch; torch alone
-    ("fastres.backends", "fastres.library"),
-    ("fastres.verify", "fastres.dispatch", "fastres.convolution"),
+    ("fastres.backends", "fastres.library", "fastres.memory"),
+    ("fastres.verify", "fastres.dispatch", "fastres.convolution", "fastres.whole_block"),
     (
         "fastres.tuning",
         "fastres.tuning_cache",

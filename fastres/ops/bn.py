@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastres import dispatch
-from fastres.backends import cpu
 from fastres.backends.reference import acc_dtype
 from fastres.library import register
 from fastres.ops.params import BN
@@ -84,15 +83,6 @@ def matrix(x: Tensor) -> tuple[int, int]:
     """(M, C) of ``[N, C, H, W]``."""
     N, C, H, W = x.shape
     return N * H * W, C
-
-
-def new(like: Tensor, shape, dtype=None) -> Tensor:
-    """The one allocator of activations: dense NHWC, used by implementations and fakes alike."""
-    if like.is_cpu and type(like) is Tensor:  # not a fake one
-        return cpu.empty(shape, dtype or like.dtype)
-    if dtype is None and shape == like.shape:
-        return torch.empty_like(like, memory_format=CL)  # a third of the time, most of which is reading arguments
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=CL)
 
 
 def new_mask(like: Tensor, M: int, C: int) -> Tensor:
