@@ -19,8 +19,9 @@ from torch import Tensor
 from fastres import dispatch
 from fastres.backends.reference import acc_dtype
 from fastres.library import register
+from fastres.memory import new
 from fastres.ops import bn as steps
-from fastres.ops.bn import as_given, cast, given, matrix, new, new_mask, nhwc, nothing, saved
+from fastres.ops.bn import as_given, cast, given, matrix, new_mask, nhwc, nothing, saved
 from fastres.ops.params import BN, check_activation, check_bn
 
 

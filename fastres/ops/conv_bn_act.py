@@ -15,10 +15,11 @@ from fastres import convolution as conv_lib
 from fastres import dispatch, riding
 from fastres.backends.reference import acc_dtype
 from fastres.library import register
+from fastres.memory import new
 from fastres.ops import bn as steps
 from fastres.ops import engine
 from fastres.ops.batch_norm_act import batch_norm_act_ref
-from fastres.ops.bn import as_given, given, given_vector, matrix, new, nhwc
+from fastres.ops.bn import as_given, given, given_vector, matrix, nhwc
 from fastres.ops.params import (
     BN,
     ConvBN,

@@ -20,8 +20,9 @@ from torch import Tensor
 from fastres import dispatch, riding
 from fastres.backends.reference import acc_dtype
 from fastres.library import register
+from fastres.memory import new
 from fastres.ops import bn as steps
-from fastres.ops.bn import cast, cast_all, given, matrix, new, new_mask, nhwc, nothing, saved
+from fastres.ops.bn import cast, cast_all, given, matrix, new_mask, nhwc, nothing, saved
 from fastres.ops.params import BN, ConvBN, out_size
 
 #: What is added before the last ReLU: nothing, x itself, conv_bn(x), a given tensor, or bn of a given tensor.

@@ -16,9 +16,10 @@ from torch import Tensor
 from fastres import dispatch, riding
 from fastres.backends.reference import acc_dtype
 from fastres.library import register
+from fastres.memory import new
 from fastres.ops import bn as steps
 from fastres.ops import engine
-from fastres.ops.bn import as_given, cast, given, matrix, new, nhwc, nothing, saved
+from fastres.ops.bn import as_given, cast, given, matrix, nhwc, nothing, saved
 from fastres.ops.conv_bn_act import conv_bn_act_ref
 from fastres.ops.params import BN, ConvBN, cast_conv, check_activation, check_conv, compute_dtype, out_size
 
