@@ -115,6 +115,8 @@ def test_epilogue_and_weights_in_any_layout(restore_isa, isa):
                 got = cpu_conv.fprop(x, w, g, bias, residual, relu)
                 expected = truth("fprop", x, w, dy, g) + bias[:, None, None] + (0 if residual is None else residual)
                 assert torch.equal(got.double(), expected.relu() if relu else expected), (shape, relu)
+                again = cpu_conv.fprop(x, w, g, bias, residual, relu, packed=cpu_conv.pack(w))
+                assert torch.equal(again, got)
         assert torch.equal(cpu_conv.dgrad(dy, x.shape, w, g).double(), truth("dgrad", x, w, dy, g))
 
 
@@ -185,6 +187,7 @@ def test_bad_input():
         (ValueError, "w: got shape", lambda: cpu_conv.fprop(x, w[:, :3], g)),
         (ValueError, "y: got shape", lambda: cpu_conv.fprop(x, w, g, y=dy[:1])),
         (ValueError, "bias: got", lambda: cpu_conv.fprop(x, w, g, bias=torch.zeros(5))),
+        (ValueError, "packed: got 7 elements", lambda: cpu_conv.fprop(x, w, g, packed=torch.zeros(7))),
         (ValueError, "residual: got shape", lambda: cpu_conv.fprop(x, w, g, residual=dy[:, :2])),
         (ValueError, "dy: got shape", lambda: cpu_conv.dgrad(dy[:1], x.shape, w, g)),
         (ValueError, "dy: got strides", lambda: cpu_conv.wgrad(dy.contiguous(), x, w, g)),

@@ -13,10 +13,15 @@ struct ConvShape {
 // Sums are float32 whatever the dtype (0..2) of the activations; every element is one sum in a fixed order: the same
 // bits for any number of threads.
 
-// y [N, P, Q, K] = conv(x, w) [+ bias] [+ residual], then ReLU. w float32 [K, R, S, C] with element strides w_k and
-// w_c; taps of [R, S] are w_tap apart. residual has the shape and dtype of y, and may be y.
-void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape,
-                const float* bias /*or null*/, const void* residual /*or null*/, int relu, void* y, i64 ctx);
+// y [N, P, Q, K] = conv(x, w) [+ bias] [+ residual], then ReLU. w [K, R, S, C] in the dtype of x, with element strides
+// w_k and w_c; taps of [R, S] are w_tap apart; packed, if given, stands in its place. residual has the shape and
+// dtype of y, and may be y.
+void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w_tap, const float* packed /*or null*/,
+                const ConvShape& shape, const float* bias /*or null*/, const void* residual /*or null*/, int relu,
+                void* y, i64 ctx);
+// Weights laid out once for conv_fprop, in a layout of the instruction set's own. Of the shape K, C, R and S are read.
+i64 conv_packed_floats(const ConvShape& shape);
+void conv_pack(int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed, i64 ctx);
 
 // dx [N, H, W, C], every element written.
 void conv_dgrad(int dtype, const void* dy, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, void* dx,

@@ -18,6 +18,15 @@ struct Layout {
     i64 row_floats;
 };
 
+Layout weights_layout(const Direct& p) {
+    Layout l{};
+    l.blocks = ceil_div(p.C, kBlock);
+    l.panels = ceil_div(p.K, kPanel);
+    l.last_width = int(ceil_div(p.C - (l.blocks - 1) * kBlock, kStep) * kStep);
+    l.panel_floats = ((l.blocks - 1) * kBlock + l.last_width) * p.n_taps * kPanel;
+    return l;
+}
+
 template <class T>
 FR_INLINE void widen(const T* from, i64 n, float* to) {
     for (; n >= L; n -= L, from += L, to += L) store(to, load(from));
@@ -283,11 +292,7 @@ void fill_zero(const Direct& p, i64 threads) {
 template <class T>
 void run(const Direct& p, i64 threads) {
     if (p.n_taps == 0) return fill_zero<T>(p, threads);
-    Layout l;
-    l.blocks = ceil_div(p.C, kBlock);
-    l.panels = ceil_div(p.K, kPanel);
-    l.last_width = int(ceil_div(p.C - (l.blocks - 1) * kBlock, kStep) * kStep);
-    l.panel_floats = ((l.blocks - 1) * kBlock + l.last_width) * p.n_taps * kPanel;
+    Layout l = weights_layout(p);
     i64 row1 = l.row0 = p.dr[0], col1 = l.col0 = p.dc[0];
     for (int t = 1; t < p.n_taps; ++t) {
         l.row0 = min_of(l.row0, p.dr[t]), row1 = max_of(row1, p.dr[t]);
@@ -297,9 +302,12 @@ void run(const Direct& p, i64 threads) {
     l.plane = ceil_div((p.J - 1) * p.step_w + col1 - l.col0 + 1, p.step_w);
     l.row_floats = l.plane * p.step_w * kBlock;
 
-    const Scratch weights(l.panels * l.panel_floats * sizeof(float));
-    float* const w = static_cast<float*>(weights.get());
-    pack_weights<T>(p, l, w, threads);
+    const Scratch weights(p.packed ? 0 : l.panels * l.panel_floats * sizeof(float));
+    const float* w = p.packed;
+    if (!w) {
+        pack_weights<T>(p, l, static_cast<float*>(weights.get()), threads);
+        w = static_cast<const float*>(weights.get());
+    }
 
     // Threads share the rows, and the panels where the weights are the larger traffic.
     const i64 all_rows = p.N * p.I;
@@ -344,6 +352,25 @@ void run(const Direct& p, i64 threads) {
 }
 
 }  // namespace
+
+i64 packed_floats(const Direct& p) {
+    const Layout l = weights_layout(p);
+    return l.panels * l.panel_floats;
+}
+
+void pack_direct(int dtype, const Direct& p, float* packed, i64 threads) {
+    const Layout l = weights_layout(p);
+    switch (dtype) {
+        case kF32:
+            return pack_weights<float>(p, l, packed, threads);
+        case kBF16:
+            return pack_weights<bf16>(p, l, packed, threads);
+        case kF16:
+            return pack_weights<fp16>(p, l, packed, threads);
+        default:
+            cpu_runtime::bad_dtype(dtype);
+    }
+}
 
 void direct(int dtype, const Direct& p, i64 threads) {
     if (p.N * p.I * p.J == 0 || p.K == 0) return;

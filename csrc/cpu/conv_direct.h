@@ -19,6 +19,7 @@ struct Direct {
     i64 w_out, w_in;      // strides of the weight in output and input channels
     i64 y_n, y_i, y_j;    // strides of y in images, rows and pixels, in elements
     const void *x, *w;
+    const float* packed;  // the weights as pack_direct leaves them, in place of w; or null
     const float* bias;
     const void* residual;
     bool relu;
@@ -27,6 +28,10 @@ struct Direct {
     // `points` in all. 0: N*I*J, nothing special.
     i64 points;
 };
+
+// Weights for `direct`, laid out once: floats that takes, and the work. Of the problem K, C, taps and w are read.
+i64 packed_floats(const Direct& problem);
+void pack_direct(int dtype, const Direct& problem, float* packed, i64 threads);
 
 void direct(int dtype, const Direct& problem, i64 threads);
 

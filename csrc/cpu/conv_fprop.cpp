@@ -26,8 +26,23 @@ i64 floor_mod(i64 a, i64 b) { return (a % b + b) % b; }
 
 }  // namespace
 
-void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g,
-                const float* bias, const void* residual, int relu, void* y, i64 ctx) {
+i64 conv_packed_floats(const ConvShape& g) {
+    check_taps(g);
+    Direct p{};
+    p.C = g.C, p.K = g.K, p.n_taps = int(g.R * g.S);
+    return packed_floats(p);
+}
+
+void conv_pack(int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, float* packed, i64 ctx) {
+    check_taps(g);
+    Direct p{};
+    p.C = g.C, p.K = g.K, p.w = w, p.w_out = w_k, p.w_in = w_c;
+    for (; p.n_taps < g.R * g.S; ++p.n_taps) p.w_tap[p.n_taps] = p.n_taps * w_tap;
+    pack_direct(dtype, p, packed, max_of(1, ctx));
+}
+
+void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w_tap, const float* packed,
+                const ConvShape& g, const float* bias, const void* residual, int relu, void* y, i64 ctx) {
     check_taps(g);
     Direct p{};
     p.N = g.N, p.H = g.H, p.W = g.W, p.C = g.C, p.I = g.P, p.J = g.Q, p.K = g.K;
@@ -40,7 +55,7 @@ void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w
         }
     p.w_out = w_k, p.w_in = w_c;
     p.y_j = g.K, p.y_i = g.Q * g.K, p.y_n = g.P * p.y_i;
-    p.x = x, p.w = w, p.bias = bias, p.residual = residual, p.relu = relu != 0, p.y = y;
+    p.x = x, p.w = w, p.packed = packed, p.bias = bias, p.residual = residual, p.relu = relu != 0, p.y = y;
     const bool whole = g.H == g.P && g.W == g.Q;
     if (p.n_taps == 1 && p.dr[0] == 0 && p.dc[0] == 0 && g.stride_h == 1 && g.stride_w == 1 && whole) make_flat(p);
     direct(dtype, p, ctx);

@@ -157,9 +157,16 @@ FORWARD(stem_bwd_apply,
          const void* coef, i64 P, i64 Q, i64 k, i64 stride, i64 pad, void* dx, i64 ctx),
         dtype, grad, idx, x, N, H, W, C, stat, coef, P, Q, k, stride, pad, dx, ctx)
 FORWARD(conv_fprop,
-        (int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape,
-         const float* bias, const void* residual, int relu, void* y, i64 ctx),
-        dtype, x, w, w_k, w_c, w_tap, shape, bias, residual, relu, y, ctx)
+        (int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w_tap, const float* packed,
+         const ConvShape& shape, const float* bias, const void* residual, int relu, void* y, i64 ctx),
+        dtype, x, w, w_k, w_c, w_tap, packed, shape, bias, residual, relu, y, ctx)
+FORWARD(conv_pack,
+        (int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed, i64 ctx), dtype,
+        w, w_k, w_c, w_tap, shape, packed, ctx)
+i64 conv_packed_floats(const ConvShape& shape) {
+    return reinterpret_cast<decltype(&conv_packed_floats)>(cpu_isa::choose().table[cpu_isa::k_conv_packed_floats])(
+        shape);
+}
 FORWARD(conv_dgrad,
         (int dtype, const void* dy, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, void* dx,
          i64 ctx),

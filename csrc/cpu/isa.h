@@ -26,6 +26,8 @@ using Entry = void (*)();  // a launch function with its type erased
     X(stem_bwd_reduce)       \
     X(stem_bwd_apply)        \
     X(conv_fprop)            \
+    X(conv_packed_floats)    \
+    X(conv_pack)             \
     X(conv_dgrad)            \
     X(conv_wgrad)
 

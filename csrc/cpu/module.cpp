@@ -37,10 +37,17 @@ void extras(pybind11::module_& m) {
     const auto released = pybind11::call_guard<pybind11::gil_scoped_release>();
     m.def(
         "conv_fprop",
-        [](int dtype, Address x, Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, Address bias,
-           Address residual, int relu, Address y, i64 ctx) {
-            conv_fprop(dtype, pointer<void>(x), pointer<void>(w), w_k, w_c, w_tap, shape_of(sizes),
-                       pointer<float>(bias), pointer<void>(residual), relu, pointer<void>(y), ctx);
+        [](int dtype, Address x, Address w, i64 w_k, i64 w_c, i64 w_tap, Address packed, const Sizes& sizes,
+           Address bias, Address residual, int relu, Address y, i64 ctx) {
+            conv_fprop(dtype, pointer<void>(x), pointer<void>(w), w_k, w_c, w_tap, pointer<float>(packed),
+                       shape_of(sizes), pointer<float>(bias), pointer<void>(residual), relu, pointer<void>(y), ctx);
+        },
+        released, "See csrc/cpu/conv.h.");
+    m.def("conv_packed_floats", [](const Sizes& sizes) { return conv_packed_floats(shape_of(sizes)); });
+    m.def(
+        "conv_pack",
+        [](int dtype, Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, Address packed, i64 ctx) {
+            conv_pack(dtype, pointer<void>(w), w_k, w_c, w_tap, shape_of(sizes), pointer<float>(packed), ctx);
         },
         released, "See csrc/cpu/conv.h.");
     m.def(

@@ -140,11 +140,12 @@ def _problem(function: str, x_shape, w: Tensor, g: Geometry, dtype: torch.dtype)
 
 
 def fprop(x: Tensor, w: Tensor, g: Geometry, bias: Tensor | None = None, residual: Tensor | None = None,
-          relu: bool = False, y: Tensor | None = None) -> Tensor:  # fmt: skip
+          relu: bool = False, y: Tensor | None = None, packed: Tensor | None = None) -> Tensor:  # fmt: skip
     """``act(conv(x, w) + bias + residual)``, ``[N, K, P, Q]`` in channels_last.
 
     x ``[N, C, H, W]`` and residual: dense channels_last; w ``[K, C, R, S]`` in the dtype of x; bias ``[K]`` float32.
-    y, if given, is filled and returned. Raises TypeError / ValueError naming the argument.
+    y, if given, is filled and returned. packed: what :func:`pack` made of w under the
+    instruction set in use. Raises TypeError / ValueError naming the argument.
     """
     p = _problem("fprop", x.shape, w, g, x.dtype)
     shape = (p.N, p.K, p.P, p.Q)
@@ -152,11 +153,25 @@ def fprop(x: Tensor, w: Tensor, g: Geometry, bias: Tensor | None = None, residua
     _check("fprop", p, x.dtype, x=(x, tuple(x.shape)), residual=(residual, shape), y=(y, shape))
     if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (p.K,) or not bias.is_contiguous()):
         raise ValueError(f"fprop: bias: got {bias.dtype} {tuple(bias.shape)}, expected dense float32 ({p.K},)")
+    sizes = _sizes(p)
+    if packed is not None and packed.numel() != cpu._require().conv_packed_floats(sizes):
+        raise ValueError(f"fprop: packed: got {packed.numel()} elements, expected those of pack() under {cpu.isa()}")
     cpu._require().conv_fprop(
-        DTYPE_CODE[x.dtype], x.data_ptr(), *_weight(w), _sizes(p), 0 if bias is None else bias.data_ptr(),
+        DTYPE_CODE[x.dtype], x.data_ptr(), *_weight(w), 0 if packed is None else packed.data_ptr(), sizes,
+        0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(), relu, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def pack(w: Tensor) -> Tensor:
+    """The weight ``[K, C, R, S]`` as :func:`fprop` reads it, for the instruction set in use: dense float32."""
+    _problem("pack", (1, w.shape[1], *w.shape[2:]), w, ((1, 1), (0, 0), (1, 1), 1), w.dtype)
+    K, C, R, S = w.shape
+    sizes = (1, R, S, C, K, 1, 1, R, S, 1, 1, 0, 0, 1, 1)
+    packed = torch.empty(cpu._require().conv_packed_floats(sizes))
+    cpu._require().conv_pack(DTYPE_CODE[w.dtype], *_weight(w), sizes, packed.data_ptr(), torch.get_num_threads())
+    return packed
 
 
 def dgrad(dy: Tensor, x_shape, w: Tensor, g: Geometry) -> Tensor:
