@@ -58,6 +58,7 @@ LAYERS = (
     ("fastres.testing",),
     ("fastres.nn",),
     ("fastres.models", "fastres.fusion", "fastres.codegen"),
+    ("fastres.inference",),
     ("fastres",),
     ("fastres.doctor",),
     ("fastres.bench",),
