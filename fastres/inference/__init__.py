@@ -3,7 +3,8 @@
 from fastres.inference.building import load, optimize
 from fastres.inference.checking import VerificationError
 from fastres.inference.plan import Plan
+from fastres.inference.reporting import Report
 from fastres.inference.session import InferenceSession
 from fastres.inference.storage import SessionFileError
 
-__all__ = ["InferenceSession", "Plan", "SessionFileError", "VerificationError", "load", "optimize"]
+__all__ = ["InferenceSession", "Plan", "Report", "SessionFileError", "VerificationError", "load", "optimize"]

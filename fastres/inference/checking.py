@@ -183,7 +183,9 @@ def distance(ours, truth) -> tuple[float, float]:
         off, rms = (a.double() - want).abs(), want.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         found = (off.square().mean().sqrt() / rms).item(), (off / (rms + want.abs())).max().item()
         # A NaN compares as false: it must not get lost in a max().
-        error, worst = (math.inf if math.isnan(new) else max(old, new) for old, new in zip((error, worst), found))
+        error, worst = (
+            math.inf if math.isnan(new) else max(old, new) for old, new in zip((error, worst), found, strict=True)
+        )
     return error, worst
 
 

@@ -39,7 +39,7 @@ def _chain(atoms: list[adapters.Atom], dtype: torch.dtype) -> Plan:
 
 
 def _slots(path: str, module: nn.Module, dtype: torch.dtype) -> list[Slot]:
-    """Known modules inside a foreign one, the outermost first found. The module itself may be one (a feature getter)."""
+    """Known modules inside a foreign one, outermost first; the module itself may be one (a feature getter)."""
     own = _getter(path, module, dtype)
     if own is not None:
         return [own]

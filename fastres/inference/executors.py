@@ -63,6 +63,10 @@ class Executor(Protocol):
         """The precision that it computes in where ``asked`` is wanted: that one, or a better one."""
         ...
 
+    def peak(self, device: torch.device, dtype: torch.dtype, threads: int) -> float | None:
+        """FLOP/s of the arithmetic that it uses, measured on this machine; None: it has no measure of its own."""
+        ...
+
     def prepare(self, segment: Segment, device: torch.device, dtype: torch.dtype, precision: str) -> Prepared:
         """Weights packed, once. Every node has been found servable."""
         ...

@@ -33,6 +33,10 @@ def precision(device: torch.device, dtype: torch.dtype, asked: str) -> str:
     return "exact"
 
 
+def peak(device: torch.device, dtype: torch.dtype, threads: int) -> None:
+    """The report takes the rate of ``torch.mm``."""
+
+
 def prepare(segment: Segment, device: torch.device, dtype: torch.dtype, precision: str) -> TorchSegment:
     return TorchSegment(segment, device, dtype, precision)
 
