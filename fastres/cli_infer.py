@@ -110,7 +110,7 @@ def _session(request: Request, x: torch.Tensor) -> tuple[fastres.InferenceSessio
         origin += ", RANDOM weights (no --checkpoint): the classes mean nothing"
     dtype = harness.DTYPES[request.dtype]
     try:
-        session = fastres.optimize(model.to(x.device), (x,), dtype=dtype, precision=request.precision)
+        session = fastres.optimize(model.eval().to(x.device), (x,), dtype=dtype, precision=request.precision)
     except fastres.inference.VerificationError as error:
         raise BenchError(str(error)) from error
     return session, origin
@@ -131,9 +131,10 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes of the two readers
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise BenchError(f"--checkpoint: {path.name} cannot be read: {reason[0]}") from error
+    except Exception as error:  # whatever a damaged file makes of the two readers, torch's with advice to run its code
+        raise BenchError(
+            f"--checkpoint: {path.name} is no readable file of tensors alone ({type(error).__name__})"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -190,5 +191,5 @@ def _speed(session: fastres.InferenceSession, batches: list[torch.Tensor]) -> It
     for images, times in sorted(seconds.items(), reverse=True):
         median = statistics.median(times)
         spread = f"{min(times) * 1e3:.2f} to {max(times) * 1e3:.2f}, {len(times)} runs"
-        threads = f"{torch.get_num_threads()} threads" if session.device.type == "cpu" else str(session.device)
+        threads = f"threads: {torch.get_num_threads()}" if session.device.type == "cpu" else str(session.device)
         yield f"batch {images}: latency {median * 1e3:.2f} ms ({spread}), {images / median:.1f} images/s, {threads}"

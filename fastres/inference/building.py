@@ -121,6 +121,7 @@ class _Attempts:
             built = self._attempt(plan, target)
         if built is not None:
             return plan, built[0], target, built[1]
+        self.reference.peer()  # a model that does not run in this dtype is nothing to fall back to
         self.notes.append("fell back to the unfused model: nothing of this session is faster than it")
         plan = Plan((Foreign("", self.reference.fallback(), ("the session missed its error budget",)),))
         return plan, Runner(plan, target), target, None
@@ -130,12 +131,12 @@ class _Attempts:
             runner = Runner(plan, target)
             with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
                 y = self.reference.of(runner(self.x.to(target.dtype)))
+        except executors.Unserved:
+            raise  # an executor that was named must serve
         except Exception as error:
             if self.strict:
-                raise VerificationError(
-                    f"optimize: the session failed on the example: {type(error).__name__}: {error}"
-                ) from error
-            self.notes.append(f"{', '.join(target.executors)} failed: {type(error).__name__}: {error}")
+                raise VerificationError(f"optimize: the session failed on the example: {_one_line(error)}") from error
+            self.notes.append(f"{', '.join(target.executors)} failed: {_one_line(error)}")
             return None
         verdict = checking.verify(y, self.reference, plan, target.dtype, target.precision)
         if verdict.ok:
@@ -147,6 +148,10 @@ class _Attempts:
             raise VerificationError(f"optimize: the session does not compute what the model computes: {found}")
         self.notes.append(f"{', '.join(target.executors)} missed: {found}")
         return None
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def load(
@@ -166,12 +171,13 @@ def load(
     """
     from fastres.inference import storage
 
-    stored = storage.read(Path(path))
     try:
         place = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device: got {device!r}, expected a device of torch") from error
-    target = Target(place, stored.dtype, stored.precision, executors.order(place, executor))
+    names = executors.order(place, executor)
+    stored = storage.read(Path(path))
+    target = Target(place, stored.dtype, stored.precision, names)
     notes = [*stored.notes, f"loaded from {Path(path).name}"]
     sample = Sample(stored.sample.x.to(place), stored.sample.truth.to(place))
     runner, verdict = None, None

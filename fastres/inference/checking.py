@@ -204,5 +204,5 @@ def suspects(plan: Plan, x: Tensor, target, most: int = 3) -> list[str]:
                 error, _ = distance(a.prepared.run(given), want)
                 found.append((error, f"{node.name} ({node.op}, {a.executor}): {error:.1e}"))
             except Exception as failure:  # an executor that fails is the worst suspect
-                found.append((math.inf, f"{node.name} ({node.op}): {type(failure).__name__}: {failure}"))
+                found.append((math.inf, f"{node.name} ({node.op}): {type(failure).__name__}"))
     return [text for _, text in sorted(found, key=lambda f: -f[0])[:most]]

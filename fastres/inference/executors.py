@@ -86,6 +86,10 @@ def load(name: str) -> Executor:
     return importlib.import_module(found) if isinstance(found, str) else found
 
 
+class Unserved(ValueError):
+    """No executor that may be used serves a node; the message has everybody's reasons."""
+
+
 @dataclass(frozen=True, eq=False)
 class Assignment:
     """Neighbouring nodes of a segment, the executor that serves them, and why the ones before it do not."""
@@ -99,7 +103,7 @@ class Assignment:
 def assign(
     segment: Segment, device: torch.device, dtype: torch.dtype, precision: str, names: tuple[str, ...]
 ) -> list[Assignment]:
-    """The segment cut into runs of nodes by who serves them. Raises ValueError if nobody serves a node."""
+    """The segment cut into runs of nodes by who serves them. Raises Unserved if nobody serves a node."""
     runs: list[tuple[str, list[Node], list[str]]] = []
     for node in segment.nodes:
         name, passed = _first(node, device, dtype, precision, names)
@@ -119,7 +123,7 @@ def _first(node: Node, device, dtype, precision, names) -> tuple[str, list[str]]
         if not reasons:
             return name, passed
         passed += [f"{node.name}: not served by {name}: {reason}" for reason in reasons]
-    raise ValueError("; ".join(passed))
+    raise Unserved("; ".join(passed))
 
 
 def order(device: torch.device, named: str | None) -> tuple[str, ...]:

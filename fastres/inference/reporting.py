@@ -86,8 +86,14 @@ class Report:
         return f"{self.peak_source} {self.peak_gflops:.4g} GFLOP/s, copies {self.copy_gbytes:.3g} GB/s"
 
     def __rich__(self):
-        from rich import box
         from rich.console import Group
+        from rich.markup import escape
+
+        return Group(self.table(), *(escape(line) for line in self.lines()))
+
+    def table(self):
+        """The rows as a ``rich.table.Table``."""
+        from rich import box
         from rich.markup import escape
         from rich.table import Table
 
@@ -104,7 +110,7 @@ class Report:
             share = "-" if row.share is None else f"{row.share:.0%}"
             numbers = (_number(row.gflop), _number(row.estimated_ms), _number(row.measured_ms), share)
             table.add_row(*map(escape, texts), *numbers)
-        return Group(table, *(escape(line) for line in self.lines()))
+        return table
 
     def lines(self) -> list[str]:
         """What stands below the table."""
@@ -126,8 +132,8 @@ class Report:
         from rich.console import Console
 
         page = io.StringIO()
-        Console(file=page, width=160, color_system=None).print(self)
-        return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+        Console(file=page, width=160, color_system=None).print(self.table())
+        return "\n".join([*(line.rstrip() for line in page.getvalue().splitlines()), *self.lines()])
 
 
 def _number(value: float | None) -> str:
