@@ -3,6 +3,7 @@
 from fastres.dispatch import backend
 from fastres.fusion import freeze_bn, fuse, report, restore, unfreeze_bn
 from fastres.graphs import graph_step
+from fastres.inference import InferenceSession, load, optimize
 from fastres.ops.add_relu import add_relu
 from fastres.ops.basic_block import basic_block
 from fastres.ops.batch_norm_act import batch_norm_act
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BN",
     "ConvBN",
+    "InferenceSession",
     "add_relu",
     "backend",
     "basic_block",
@@ -28,6 +30,8 @@ __all__ = [
     "freeze_bn",
     "fuse",
     "graph_step",
+    "load",
+    "optimize",
     "report",
     "restore",
     "stem",

@@ -1,4 +1,4 @@
-"""The ``fastres`` command: doctor, bench, tune, report."""
+"""The ``fastres`` command: doctor, bench, infer, tune, report."""
 
 from __future__ import annotations
 
@@ -263,6 +263,36 @@ def _footnotes(result) -> list[str]:
 
     lines.append(rows.caption(first).splitlines()[0])
     return lines
+
+
+# ---- infer
+
+
+@app.command()
+def infer(
+    model: Annotated[str, typer.Argument(help="resnet50, ... (a wrong name lists them all), or a saved session.")],
+    images: Annotated[str, typer.Option(help="Directory of photographs.")],
+    checkpoint: Annotated[str, typer.Option(help="state_dict of the model, .pth or .safetensors.")] = "",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="exact, highest or high: of fp32 arithmetic.")] = "highest",
+    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 1,
+    size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 224,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's own number.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    save: Annotated[str, typer.Option(help="Write the session to FILE; MODEL may be that file later.")] = "",
+    profile: Annotated[str, typer.Option(help="Draw the time of every node into FILE (PNG).")] = "",
+) -> None:
+    """Classify photographs with an optimized session: top five classes, latency and throughput."""
+    from fastres import cli_infer
+
+    request = cli_infer.Request(
+        model, images, checkpoint, dtype, precision, batch, size, threads, device, save, profile
+    )
+    for part in cli_infer.infer(request):
+        if isinstance(part, str):
+            console.print(part, highlight=False, soft_wrap=True, markup=False)
+        else:
+            console.print(part)
 
 
 # ---- tune

@@ -15,15 +15,10 @@ import torch
 
 import fastres
 from fastres.backends import native
+from fastres.machine import cpu
 
 #: Extension -> the backend it carries.
 EXTENSIONS = {"_cpu": "cpu", "_cuda": "cuda", "_emulator": "emulator"}
-
-#: Flags of /proc/cpuinfo worth knowing for these kernels, x86 first, then Arm.
-_ISA = (
-    "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_tile",
-    "amx_bf16", "amx_int8", "asimd", "asimdhp", "bf16", "sve", "sve2",
-)  # fmt: skip
 
 _PACKAGES = ("torchvision", "triton", "numpy", "pillow", "matplotlib", "rich", "typer", "pytest", "scikit-learn")
 
@@ -32,25 +27,6 @@ TYPICAL = (
     ("add_relu", None), ("batch_norm_act", 256), ("conv_bn_act", 64), ("basic_block", 64), ("bottleneck", 256),
     ("stem", 64),
 )  # fmt: skip
-
-
-def cpu() -> dict:
-    """Name, instruction sets and cores of the processor; an entry the system does not tell is empty."""
-    name, flags = platform.processor() or platform.machine(), set()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        text = info.read_text()
-        if match := re.search(r"^model name\s*:\s*(.+)$", text, re.M):
-            name = match.group(1).strip()
-        if match := re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.M):
-            flags = set(match.group(1).split())
-    return {
-        "name": name,
-        "architecture": platform.machine(),
-        "isa": [flag for flag in _ISA if flag in flags],
-        "cores": os.cpu_count() or 0,
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
-    }
 
 
 def gpus() -> list[dict]:

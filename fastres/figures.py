@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 
 from fastres.bench import rows as result_rows
+from fastres.drawing import FAINT, GRID, INK, pyplot_off_screen, save, write_caption
 
-INK, FAINT, GRID = "#1f2933", "#6b7785", "#e3e8ee"
 COLOURS = {"eager": "#b4bec9", "torch.compile": "#6f8fb3", "fastres": "#e4572e"}
 LABELS = {"eager": "PyTorch eager\n(channels_last)", "torch.compile": "torch.compile", "fastres": "fastres"}
 
 
-def _pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("a PNG needs the package matplotlib (pip install matplotlib)") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update(
-        {"font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK, "xtick.color": FAINT,
-         "ytick.color": INK, "axes.edgecolor": GRID}
-    )  # fmt: skip
-    return pyplot
-
-
-def _save(figure, pyplot, path: Path | str) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, facecolor="white")
-    pyplot.close(figure)
-    return path
-
-
 def bench_chart(rows: list[dict], path: Path | str) -> Path:
     """One horizontal bar per contestant: median time, quartile whiskers, images/s, ratio to eager, provenance."""
-    pyplot = _pyplot()
+    pyplot = pyplot_off_screen()
     first = rows[0]
     figure, axes = pyplot.subplots(figsize=(9, 1.9 + 0.72 * len(rows)))
     height = figure.get_size_inches()[1]
@@ -78,13 +54,13 @@ def bench_chart(rows: list[dict], path: Path | str) -> Path:
     figure.text(0.03, 1 - 0.34 / height, title, fontsize=14, fontweight="bold", va="center")
     detail = f"batch {first['shape'][0]}, {size} x {size} px, {first['dtype']}, {first['device'].upper()}"
     figure.text(0.97, 1 - 0.34 / height, detail, fontsize=9.5, color=FAINT, va="center", ha="right")
-    _caption(figure, result_rows.caption(first), 0.1 / height)
-    return _save(figure, pyplot, path)
+    write_caption(figure, result_rows.caption(first), 0.1 / height)
+    return save(figure, pyplot, path)
 
 
 def loss_curves(curves: dict[str, list[float]], path: Path | str, *, title: str, detail: str, caption: str) -> Path:
     """Two (or more) loss curves over optimizer steps, drawn so that coinciding curves are both seen."""
-    pyplot = _pyplot()
+    pyplot = pyplot_off_screen()
     figure, axes = pyplot.subplots(figsize=(8, 4.6))
     figure.subplots_adjust(left=0.09, right=0.97, top=0.86, bottom=0.22)
     styles = [{"color": COLOURS["eager"], "linewidth": 5}, {"color": COLOURS["fastres"], "linewidth": 1.4}]
@@ -100,10 +76,5 @@ def loss_curves(curves: dict[str, list[float]], path: Path | str, *, title: str,
     axes.legend(frameon=True, edgecolor="white", framealpha=1, fontsize=9.5)
     figure.text(0.03, 0.935, title, fontsize=13, fontweight="bold", va="center")
     figure.text(0.97, 0.935, detail, fontsize=9, color=FAINT, va="center", ha="right")
-    _caption(figure, caption, 0.02)
-    return _save(figure, pyplot, path)
-
-
-def _caption(figure, text: str, bottom: float) -> None:
-    lines = [wrapped for line in text.splitlines() for wrapped in textwrap.wrap(line, 150)[:2]]
-    figure.text(0.03, bottom, "\n".join(lines), fontsize=6.8, color=FAINT, va="bottom", linespacing=1.5)
+    write_caption(figure, caption, 0.02)
+    return save(figure, pyplot, path)

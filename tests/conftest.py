@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import kernel_cases  # noqa: E402
 
 import fastres  # noqa: E402
-from fastres import dispatch  # noqa: E402
+from fastres import cli, dispatch  # noqa: E402
 
 ALL = ("reference", "cpu", "emulator", "triton")
 
@@ -69,6 +69,20 @@ def _is_refused(item) -> bool:
     marker = item.get_closest_marker("computes_in")
     dtype = marker.args[0] if marker else given.get("dtype")
     return isinstance(backend, str) and isinstance(dtype, torch.dtype) and bool(kernel_cases.refuses(backend, dtype))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastres", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        printed = capsys.readouterr()
+        return stop.value.code or 0, printed.out, printed.err
+
+    return run
 
 
 @pytest.fixture

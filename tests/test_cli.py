@@ -18,20 +18,6 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = ["--batch", "2", "--size", "32", "--seconds", "0.01", "--no-compile"]
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastres", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        printed = capsys.readouterr()
-        return stop.value.code or 0, printed.out, printed.err
-
-    return run
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -56,6 +42,17 @@ def command(monkeypatch, capsys):
         (["tune", "resnet49"], "got 'resnet49', expected one of resnet18"),
         (["tune", "resnet18", "--dtype", "fp8"], "--dtype: got 'fp8', expected one of fp32, bf16, fp16"),
         (["tune", "resnet18", "--batch", "1"], "--batch: got 1, expected at least 2"),
+        (["infer", "resnet49", "--images", str(EXAMPLES)], "expected a saved session or one of resnet18"),
+        (["infer", "resnet18"], "images"),
+        (["infer", "resnet18", "--images", "/no/such/place"], "expected an existing directory"),
+        (["infer", "resnet18", "--images", str(EXAMPLES), "--dtype", "fp8"], "--dtype: got 'fp8'"),
+        (["infer", "resnet18", "--images", str(EXAMPLES), "--precision", "low"], "--precision: got 'low'"),
+        (["infer", "resnet18", "--images", str(EXAMPLES), "--dtype", "bf16", "--precision", "high"], "expected fp32"),
+        (["infer", "resnet18", "--images", str(EXAMPLES), "--batch", "0"], "--batch: got 0, expected at least 1"),
+        (["infer", "resnet18", "--images", str(EXAMPLES), "--device", "tpu"], "--device: got 'tpu'"),
+        (["infer", "resnet18", "--images", str(EXAMPLES), "--checkpoint", "none"], "expected an existing file"),
+        (["infer", "resnet18", "--images", str(EXAMPLES), "--checkpoint", __file__], "of tensors alone"),
+        (["infer", __file__, "--images", str(EXAMPLES)], "is damaged, cut off or no saved session"),
         (["tune", "resnet18", "--infer", "--size", "8"], "--size: got 8, expected at least 32"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -41,7 +41,8 @@ CEILING = 420
 #: Layers from the bottom up: a module may import from its own layer and from those above it in this list.
 LAYERS = (
     ("fastres.backends.reference", "fastres.triton_kernels", "fastres._cpu", "fastres._cuda", "fastres._emulator"),
-    ("fastres.problem", "fastres.bench.timing", "fastres.graphs"),  # plain data; a stopwatch; torch alone
+    # Plain data; a stopwatch; torch alone; what figures share; the machine.
+    ("fastres.problem", "fastres.bench.timing", "fastres.graphs", "fastres.drawing", "fastres.machine"),
     ("fastres.backends", "fastres.library", "fastres.memory"),
     ("fastres.verify", "fastres.dispatch", "fastres.convolution", "fastres.whole_block"),
     (
@@ -58,11 +59,12 @@ LAYERS = (
     ("fastres.testing",),
     ("fastres.nn",),
     ("fastres.models", "fastres.fusion", "fastres.codegen"),
+    ("fastres.inference",),
     ("fastres",),
     ("fastres.doctor",),
     ("fastres.bench",),
     ("fastres.figures",),
-    ("fastres.cli", "fastres.cli_tune"),
+    ("fastres.cli", "fastres.cli_infer", "fastres.cli_tune"),
     ("fastres.__main__",),
 )
 

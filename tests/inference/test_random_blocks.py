@@ -1,0 +1,144 @@
+"""Random nodes, as no network has them, on every executor that serves them, against float64.
+
+FASTRES_FULL=1: a thousand instead of forty.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastres import testing
+from fastres.inference import executors
+from fastres.inference.plan import Block, Conv, ConvAct, GlobalAvgPool, Linear, Segment, Stem
+
+CPU = torch.device("cpu")
+COUNT = 1000 if os.environ.get("FASTRES_FULL") == "1" else 40
+DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def random_conv(
+    rng: random.Random, inputs: int, outputs: int, kernel, stride=1, dilation=1, groups=1, pad=None
+) -> Conv:
+    g = testing.generator(rng.randrange(2**31))
+    kernel = (kernel,) * 2 if isinstance(kernel, int) else kernel
+    scale = (2 / (inputs // groups * kernel[0] * kernel[1])) ** 0.5
+    weight = scale * torch.randn(outputs, inputs // groups, *kernel, generator=g)
+    pads = tuple(dilation * (k // 2) for k in kernel) if pad is None else pad
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return Conv(weight, 0.5 * torch.randn(outputs, generator=g), (stride,) * 2, pads, (dilation,) * 2, groups)
+
+
+def random_node(rng: random.Random):
+    """``(node, its input shape)``."""
+    N, H, W = rng.choice([1, 1, 2, 3]), rng.randint(1, 23), rng.randint(1, 23)
+    C = rng.choice([1, 3, 7, 8, 16, 17, 24, 32, 48, 64, 65])
+    kind = rng.choice(["stem", "conv", "conv", "basic", "basic", "bottleneck", "bottleneck", "bottleneck", "head"])
+    stride, dilation = rng.choice([1, 1, 2]), rng.choice([1, 1, 1, 2])
+    if kind == "stem":
+        H, W, C = H + 16, W + 16, rng.choice([1, 3, 4])
+        conv = random_conv(rng, C, rng.choice([8, 20, 64]), rng.choice([3, 5, 7]), rng.choice([1, 2]))
+        window, pool_stride = rng.choice([(3, 2), (2, 2), (3, 1)])
+        return Stem("stem", conv, window, pool_stride, rng.choice([0, window // 2])), (N, C, H, W)
+    if kind == "conv":
+        kernel = rng.choice([1, 1, 3, 3, 5, (1, 3), (3, 1)])
+        groups = rng.choice([1, 1, C])
+        conv = random_conv(rng, C, C * rng.choice([1, 2]), kernel, stride, dilation, groups)
+        return ConvAct("conv", conv, rng.random() < 0.5), (N, C, H, W)
+    if kind == "head":
+        if rng.random() < 0.5:
+            return GlobalAvgPool("pool", rng.random() < 0.5), (N, C, H, W)
+        g = testing.generator(rng.randrange(2**31))
+        K = rng.randint(1, 70)
+        weight, bias = torch.randn(K, C, generator=g) / C**0.5, torch.randn(K, generator=g)
+        return Linear("fc", weight, bias, rng.random() < 0.5), (N, C)
+    project = stride > 1 or rng.random() < 0.4
+    if kind == "basic":
+        K = rng.choice([8, 20, 64]) if project else C
+        main = (random_conv(rng, C, K, 3, stride), random_conv(rng, K, K, 3))
+    else:
+        groups = rng.choice([1, 1, 2, 4])
+        width = groups * rng.choice([1, 4, 9, 16])
+        K = rng.choice([8, 20, 64, 100]) if project else C
+        conv2 = random_conv(rng, width, width, 3, stride, dilation, groups)
+        main = (random_conv(rng, C, width, 1), conv2, random_conv(rng, width, K, 1))
+    shortcut = random_conv(rng, C, K, 1, stride) if project else None
+    return Block(kind, main, shortcut), (N, C, H, W)
+
+
+def plainly(node, x: torch.Tensor) -> torch.Tensor:
+    """The node on PyTorch's functions, in the dtype of ``x``."""
+
+    def conv(c: Conv, t):
+        w, b = c.weight.to(t.dtype), c.bias.to(t.dtype)
+        return F.conv2d(t, w, b, c.stride, c.padding, c.dilation, c.groups)
+
+    if isinstance(node, Stem):
+        return F.max_pool2d(conv(node.conv, x).relu(), node.pool_kernel, node.pool_stride, node.pool_padding)
+    if isinstance(node, ConvAct):
+        return conv(node.conv, x).relu() if node.relu else conv(node.conv, x)
+    if isinstance(node, GlobalAvgPool):
+        y = x.mean((2, 3))
+        return y if node.flatten else y[:, :, None, None]
+    if isinstance(node, Linear):
+        y = F.linear(x, node.weight.to(x.dtype), node.bias.to(x.dtype))
+        return y.relu() if node.relu else y
+    y = x
+    for c in node.main[:-1]:
+        y = conv(c, y).relu()
+    return (conv(node.main[-1], y) + (x if node.shortcut is None else conv(node.shortcut, x))).relu()
+
+
+@pytest.mark.parametrize("executor", executors.ORDER["cpu"])
+def test_random_nodes_against_float64(executor):
+    served, misses = 0, []
+    for seed in range(COUNT):
+        rng = random.Random(seed)
+        node, shape = random_node(rng)
+        dtype, precision = rng.choice(DTYPES), rng.choice(["exact", "highest"])
+        layout = rng.choice(testing.LAYOUTS) if len(shape) == 4 else None
+        x = testing.fill(shape, dtype, seed=seed)
+        x = testing.lay_out(x, layout) if layout else x
+        if executors.load(executor).why_not(node, CPU, dtype, precision):
+            continue
+        served += 1
+        prepared = executors.load(executor).prepare(Segment((node,)), CPU, dtype, precision)
+        kept = x.clone()
+        with torch.no_grad():
+            y = prepared.run(x)
+            again, (seconds,) = prepared.timed(x)
+            expected, peer = plainly(node, x.double()), plainly(node, x)
+        assert torch.equal(x, kept), f"{seed}: the input was written to"
+        assert tuple(y.shape) == node.out_shape(shape) and y.dtype == dtype and seconds >= 0
+        assert torch.equal(y, again), f"{seed}: two runs differ"
+        assert len(prepared.kernels(shape)) == 1 and prepared.memory(shape) > 0
+        terms = max(
+            [c.weight[0].numel() for c in node.convs()], default=shape[1] * max(1, torch.Size(shape[2:]).numel())
+        )
+        verdict = testing.within_budget(y, peer, expected, terms=terms, what=f"{seed}: {node.op} {shape} {dtype}")
+        if not verdict:
+            misses.append(verdict.message)
+    assert not misses, "\n".join(misses)
+    assert served > COUNT // 4, f"only {served} of {COUNT} nodes were served by {executor}"
+
+
+def test_nodes_refuse_what_cannot_be_computed():
+    conv = random_conv(random.Random(0), 4, 8, 3)
+    for make, text in (
+        (lambda: Conv(conv.weight.half(), conv.bias.half()), "conv.weight: got torch.float16"),
+        (lambda: Conv(conv.weight, conv.bias[:3]), "as many biases as outputs"),
+        (lambda: Conv(conv.weight, conv.bias, stride=(0, 1)), "conv.stride: got"),
+        (lambda: Conv(conv.weight, conv.bias, groups=3), "conv.groups: got 3"),
+        (lambda: Stem("s", conv, pool_kernel=3, pool_padding=2), "s.pool_padding: got 2"),
+        (lambda: Block("b", (conv,), None), "b.main: got 1 convolutions"),
+        (lambda: Block("b", (conv, conv), None), "b.main: got 8 channels before 4"),
+        (lambda: Segment(()), "nodes: got"),
+        (lambda: Block("b", (conv, random_conv(random.Random(0), 8, 8, 3)), None).out_shape((1, 4, 5, 5)), "shortcut"),
+        (lambda: ConvAct("c", conv, True).out_shape((1, 3, 5, 5)), r"c: got an input of shape \(1, 3, 5, 5\)"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            make()
