@@ -36,11 +36,12 @@ def widens(x: Tensor) -> bool:
     return not _native(x.device.type, x.dtype)
 
 
-def _ours(kind: str, x: Tensor, w: Tensor, g: Geometry, *dense: Tensor) -> bool:
-    """Whether the CPU backend's kernel takes this one."""
+def takes_ours(kind: str, x: Tensor, w: Tensor, g: Geometry, *dense: Tensor) -> bool:
+    """Whether the CPU backend's kernel takes this one; ``dense``: what it reads."""
     if x.device.type != "cpu" or dispatch.forced() not in ("", "cpu") or w.dtype != x.dtype:
         return False
-    return cpu_conv.wins(kind, x, w, g) and all(t.is_contiguous(memory_format=_CL) for t in (*dense, w))
+    dense_all = all(t.is_contiguous(memory_format=_CL) for t in dense)
+    return cpu_conv.wins(kind, x, w, g) and dense_all and cpu_conv.even_taps(w)
 
 
 def _f(t: Tensor | None) -> Tensor | None:
@@ -50,7 +51,7 @@ def _f(t: Tensor | None) -> Tensor | None:
 def fprop(x: Tensor, w: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
     """``[N, K, P, Q]`` in channels_last and the dtype of ``x``."""
     stride, padding, dilation, groups = g
-    if _ours("fprop", x, w, g, x):
+    if takes_ours("fprop", x, w, g, x):
         return cpu_conv.fprop(x, w, g, None if bias is None else bias.float())
     bias = None if bias is None else bias.to(x.dtype)
     if widens(x):
@@ -67,7 +68,7 @@ def _backward(dy, x, w, g, which):
 
 def dgrad(dy: Tensor, x: Tensor, w: Tensor, g: Geometry) -> Tensor:
     """Gradient of the input, channels_last; of ``x`` only shape and dtype matter."""
-    if _ours("dgrad", x, w, g, dy):
+    if takes_ours("dgrad", x, w, g, dy):
         return cpu_conv.dgrad(dy, x.shape, w, g)
     if widens(x):
         # The values of x do not enter; an fp32 view of the right shape avoids widening them.
@@ -85,7 +86,7 @@ def _in_strides_of(w: Tensor, dw: Tensor) -> Tensor:
 
 def both(dy: Tensor, x: Tensor, w: Tensor, g: Geometry, with_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """`dgrad` and `wgrad` in one call of PyTorch's, which costs the host as much as either of them."""
-    ours = _ours("dgrad", x, w, g, dy) or (not with_bias and _ours("wgrad", x, w, g, dy, x))
+    ours = takes_ours("dgrad", x, w, g, dy) or (not with_bias and takes_ours("wgrad", x, w, g, dy, x))
     if ours or widens(x):
         return dgrad(dy, x, w, g), *wgrad(dy, x, w, g, with_bias)
     dx, dw, db = _backward(dy, x, w, g, [True, True, with_bias])
@@ -95,7 +96,7 @@ def both(dy: Tensor, x: Tensor, w: Tensor, g: Geometry, with_bias: bool) -> tupl
 def wgrad(dy: Tensor, x: Tensor, w: Tensor, g: Geometry, with_bias: bool) -> tuple[Tensor, Tensor | None]:
     """Gradients of the weight, in its strides, and, if asked for, of the bias. Both in the dtype of ``w``, or in the
     float32 they were summed in."""
-    if not with_bias and _ours("wgrad", x, w, g, dy, x):
+    if not with_bias and takes_ours("wgrad", x, w, g, dy, x):
         dw, db = cpu_conv.wgrad(dy, x, w, g), None
     elif widens(x):
         dw, db = wgrad(dy.float(), x.float(), w.float(), g, with_bias)

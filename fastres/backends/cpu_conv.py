@@ -107,9 +107,14 @@ def _sizes(p: ConvProblem) -> tuple[int, ...]:
     return p.N, p.H, p.W, p.C, p.K, p.P, p.Q, p.R, p.S, *p.stride, *p.padding, *p.dilation
 
 
+def even_taps(w: Tensor) -> bool:
+    """Whether the taps of w lie at equal distances, as the kernels need; so they do in every usual layout."""
+    return w.shape[2] == 1 or w.stride(2) == w.shape[3] * w.stride(3)
+
+
 def _weight(w: Tensor) -> tuple[int, int, int, int]:
     """Address and strides in K, C and taps."""
-    if w.stride(2) != w.shape[3] * w.stride(3) and w.shape[2] > 1:
+    if not even_taps(w):
         raise ValueError(f"w: got strides {w.stride()}, expected taps at equal distances")
     return w.data_ptr(), w.stride(0), w.stride(1), w.stride(3) if w.shape[3] > 1 else w.stride(2)
 

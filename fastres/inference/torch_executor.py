@@ -1,5 +1,6 @@
-"""Segments on PyTorch's own operators, on any device: folded weights in channels_last, oneDNN's packed weights and
-post-ops where it has them, else cuDNN's or the native convolution with bias, residual and ReLU after it.
+"""Segments node by node on PyTorch's operators, on any device: folded weights in channels_last, on the CPU convolutions
+of our own where they are the faster ones, else oneDNN's packed weights and post-ops where it has them, else cuDNN's or
+the native convolution with bias, residual and ReLU after it.
 
 The executor of last resort: it serves every node in every dtype.
 """
@@ -15,11 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastres import convolution as conv_lib
+from fastres.backends import cpu_conv
 from fastres.inference.executors import Kernel
 from fastres.inference.plan import Block, Conv, ConvAct, GlobalAvgPool, Linear, Node, Segment, Shape, Stem
 from fastres.ops.bn import nhwc
 
 name = "torch"
+OURS = "fastres conv"
 
 
 def why_not(node: Node, device: torch.device, dtype: torch.dtype, precision: str) -> list[str]:
@@ -71,15 +74,22 @@ def _full_float32(device: torch.device):
 
 
 class _Folded:
-    """One convolution's weight in the compute dtype, and packed for oneDNN once an input has come by."""
+    """One convolution's weight in the compute dtype, and packed once an input has come by: for the CPU backend's kernel
+    where that is the faster one, else for oneDNN."""
 
     def __init__(self, conv: Conv, device: torch.device, dtype: torch.dtype):
         self.geometry = conv.geometry
         self.weight = conv.weight.to(device, dtype).contiguous(memory_format=torch.channels_last)
         self.bias = conv.bias.to(device, dtype)
         self.packed: Tensor | None = None
+        self.wide_bias = self.bias.float() if dtype is not torch.float64 else self.bias
+        #: (instruction set, weight packed for it)
+        self.own: tuple[str, Tensor] | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        dense = (x,) if residual is None else (x, residual)
+        if conv_lib.takes_ours("fprop", x, self.weight, self.geometry, *dense):
+            return self._ours(x, residual, relu)
         if conv_lib.has_pointwise(x):
             if self.packed is None:  # two threads may both pack: either result serves
                 with torch.inference_mode(False), torch.no_grad():
@@ -89,8 +99,24 @@ class _Folded:
         y = y if residual is None else y.add_(residual)
         return y.relu_() if relu else y
 
+    def library(self) -> str:
+        """Whose kernel serves, for a report."""
+        w = self.weight
+        x = torch.empty((1, w.shape[1] * self.geometry[3], 16, 16), dtype=w.dtype, device=w.device)
+        x = x.to(memory_format=torch.channels_last)
+        if conv_lib.takes_ours("fprop", x, w, self.geometry, x):
+            return OURS
+        return "oneDNN conv+post-ops" if conv_lib.has_pointwise(x) else f"aten conv ({w.device.type})"
+
+    def _ours(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        own = self.own
+        if own is None or own[0] != cpu_conv.cpu.isa():
+            own = self.own = cpu_conv.cpu.isa(), cpu_conv.pack(self.weight)
+        return cpu_conv.fprop(x, self.weight, self.geometry, self.wide_bias, residual, relu, packed=own[1])
+
     def memory(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.weight, self.bias, self.packed) if t is not None)
+        held = (self.weight, self.bias, self.packed, None if self.own is None else self.own[1])
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
 
 
 def _step(node: Node, device: torch.device, dtype: torch.dtype):
@@ -168,13 +194,15 @@ class TorchSegment:
 
     def kernels(self, shape: Shape) -> list[Kernel]:
         note = "" if self.compute is self.dtype else f"computed in {str(self.compute)[6:]}"
-        probe = torch.empty(1, dtype=self.compute, device=self.device)
-        library = "oneDNN conv+post-ops" if conv_lib.has_pointwise(probe) else f"aten conv ({self.device.type})"
         found = []
-        for node in self.segment.nodes:
-            count = len(node.convs())
-            kernel = f"{count} x {library}" if count else {"global_avg_pool": "aten mean"}.get(node.op, "aten linear")
-            found.append(Kernel(kernel + (", aten max_pool2d" if isinstance(node, Stem) else ""), note=note))
+        for node, convs in zip(self.segment.nodes, self.convs, strict=True):
+            libraries = [conv.library() for conv in convs]
+            kernel = ", ".join(f"{libraries.count(name)} x {name}" for name in dict.fromkeys(libraries))
+            if not libraries:
+                kernel = {"global_avg_pool": "aten mean"}.get(node.op, "aten linear")
+            isa = cpu_conv.cpu.isa() if OURS in libraries else ""
+            kernel += ", aten max_pool2d" if isinstance(node, Stem) else ""
+            found.append(Kernel(kernel, isa, note=note))
         return found
 
     def memory(self, shape: Shape) -> int:
