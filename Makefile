@@ -85,7 +85,7 @@ test: lint $(BUILT_TESTS)
 
 test-full: test
 	FASTRES_FULL=1 $(RUN) -m pytest -q tests/test_triton_codegen.py tests/test_conv_codegen.py \
-	    tests/test_candidates_codegen.py
+	    tests/test_candidates_codegen.py tests/inference/test_random_blocks.py tests/inference/test_session.py
 	$(RUN) benchmarks/gpu_check.py --dry-run
 
 bench: $(BUILT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections import OrderedDict
 
 import pytest
@@ -122,6 +123,15 @@ def test_hooks_subclasses_and_overrides_are_left_alone():
     session = fastres.optimize(model, x)
     assert parts(session) == ["stem+basic_block", "layer2.0", "layer3.0", "basic_block+global_avg_pool+linear"]
     assert distance(session(x), truth(model, x)) <= 1e-5 and seen
+
+
+def test_a_forward_overridden_on_the_instance_is_what_runs():
+    models = pytest.importorskip("torchvision.models", reason="torchvision's classes are the subject")
+    model, x = seeded(models.resnet18), pixels()
+    model._forward_impl = types.MethodType(lambda self, t: -type(self)._forward_impl(self, t), model)
+    session = fastres.optimize(model, x)
+    assert [f.name for f in session.plan.foreign()] == [""]
+    assert distance(session(x), truth(model, x)) <= 1e-5
 
 
 def test_a_replaced_classifier_and_stem():

@@ -12,7 +12,7 @@ from session_cases import distance, perturbed, pixels, seeded, tiny, truth
 from torch import nn
 
 import fastres
-from fastres import models
+from fastres import convolution, models
 
 BUDGET = {torch.float32: 1e-5, torch.float64: 2e-14, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -110,17 +110,25 @@ def test_layouts_modes_and_empty_batches():
     assert torch.equal(fresh(x), fresh(nhwc))
 
 
-def test_reduced_float32_switches_do_not_reach_a_session():
-    """PyTorch may be told to multiply float32 in bf16; "highest" is float32 all the same."""
+def test_reduced_float32_switches_do_not_reach_a_session(monkeypatch):
+    """PyTorch may be told to multiply float32 in bf16; "highest" is float32 all the same, and the switch stays."""
     model, x = tiny(), pixels()
     switches = (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul)
-    before = [s.fp32_precision for s in switches]
-    session = fastres.optimize(model, x)
+    before, seen = [s.fp32_precision for s in switches], set()
+    session = fastres.optimize(model, x, executor="torch")
+
+    def spying(*arguments):
+        seen.update(s.fp32_precision for s in switches)
+        return original(*arguments)
+
+    name = "pointwise" if convolution.has_pointwise(x) else "fprop"
+    original = getattr(convolution, name)
+    monkeypatch.setattr(convolution, name, spying)
     try:
         for s in switches:
             s.fp32_precision = "bf16"
         assert distance(session(x), truth(model, x)) <= 1e-5
-        assert [s.fp32_precision for s in switches] == ["bf16", "bf16"]
+        assert [s.fp32_precision for s in switches] == ["bf16", "bf16"] and seen == {"ieee"}
     finally:
         for s, value in zip(switches, before, strict=True):
             s.fp32_precision = value

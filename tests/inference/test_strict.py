@@ -102,6 +102,20 @@ def test_a_wrong_executor_raises_or_is_replaced(install, how):
         fastres.optimize(model, x, executor="mine")
 
 
+def test_a_single_wrong_pixel_of_a_large_map_is_seen(install):
+    """It moves the relative error of the whole by 2e-6, well inside the budget."""
+
+    def pixel(y):
+        y = y.clone()
+        y[0, 0, 3, 3] += 2e-6 * y.norm()
+        return y
+
+    install(Executor(pixel))
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()).eval()
+    with pytest.raises(VerificationError, match="relative error [12].*; worst element"):
+        fastres.optimize(model, pixels())
+
+
 def test_a_miss_names_the_suspects(install):
     def serves(node):
         return isinstance(node, Block) and node.name == "layer3.0"
