@@ -51,6 +51,7 @@ LAYERS = (
         "fastres.tuning_run",
         "fastres.tuning_trial",
         "fastres.riding",
+        "fastres.whole_block",
     ),  # fmt: skip
     ("fastres.ops",),
     ("fastres.testing",),
