@@ -24,6 +24,7 @@ STAGE = sys.argv[1] if len(sys.argv) > 1 else ""
 if REHEARSAL and "triton" in STAGE:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it while it is imported
 
+import gpu_blocks  # noqa: E402
 import gpu_conv  # noqa: E402
 import gpu_cudnn  # noqa: E402
 import gpu_one_pass  # noqa: E402
@@ -160,7 +161,9 @@ def launch_once() -> bool:
                         if why:
                             emit(kind="sanitized", function=function, dtype=str(dtype), status="failed", why=why)
         emit(kind="sanitized", function=function, status="ran")
-    return good & gpu_one_pass.right(emit, dispatch.load(served.backend), DEVICE, ((7, 67), (64, 300)))
+    kernels = dispatch.load(served.backend)
+    good &= gpu_blocks.right(emit, kernels, DEVICE, gpu_blocks.SMALL[:1] if REHEARSAL else gpu_blocks.SMALL)
+    return good & gpu_one_pass.right(emit, kernels, DEVICE, ((7, 67), (64, 300)))
 
 
 def once(served: OnDevice, case, place) -> None:
@@ -307,6 +310,7 @@ STAGES: dict[str, Callable[[], bool]] = {
     "bandwidth": bandwidth,
     "op-times": op_times,
     "shift": lambda: gpu_shift.run(emit, DEVICE, stand_in("cuda")),
+    "blocks": lambda: gpu_blocks.run(emit, DEVICE, stand_in("cuda"), REHEARSAL),
     "one-pass": lambda: gpu_one_pass.run(emit, DEVICE, stand_in("cuda"), REHEARSAL),
     "conv-kernels": lambda: gpu_conv.conv_kernels(emit, REHEARSAL),
     "tune-256": lambda: gpu_conv.tune(emit, REHEARSAL, 256),

@@ -37,9 +37,12 @@ def test_table_is_current():
 
 def test_table_is_complete():
     """Every kernel of every source on every architecture, each without spills."""
-    kernels = {name for s in cuda.sources() for name in re.findall(r"^(\w+)_kernel\(", s.read_text(), re.M)}
-    assert len(kernels) == 17
-    sections = re.split(r"^## sm_(\w+)$", page(), flags=re.M)
+    texts = [path.read_text() for path in (cuda.ROOT / "csrc" / "cuda").glob("*.cu*")]
+    kernels = {name for text in texts for name in re.findall(r"^(\w+)_kernel\(", text, re.M)}
+    assert len(kernels) == 18
+    tables, whole_blocks = page().split("## Whole blocks")
+    assert whole_blocks.count("\n| sm_") == 6 * len(cuda.ARCHITECTURES)
+    sections = re.split(r"^## sm_(\w+)$", tables, flags=re.M)
     assert tuple(sections[1::2]) == cuda.ARCHITECTURES
     for table in sections[2::2]:
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n") if line[:2] == "| "]
@@ -83,8 +86,23 @@ def test_problems(change, words):
 
 
 @pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, ""),
+        ({"tensor": (64, 0, 8)}, "no LDSM"),
+        ({"parameters": ("bfloat16", "128", "0"), "shared": 48000}, "142208 bytes of shared memory"),
+    ],
+)
+def test_problems_of_whole_blocks(change, words):
+    row = cuda.Row("89", "b.cu", "bottleneck_eval", ("float16", "64", "1"), 128, 0, 16, 16, 0, 0, (64, 8, 8))
+    problems = dataclasses.replace(row, **change).problems
+    assert len(problems) == (words != "") and words in "".join(problems)
+
+
+@pytest.mark.parametrize(
     ("symbol", "expected"),
     [
+        ("_ZN4cuda8k_kernelINS_4bf16ELi128ELb0EEEvv", ("k", ("bfloat16", "128", "0"))),
         ("_ZN4cuda15mask_add_kernelIfNS_6ScalarEEEvNS_4RowsEPKT_S4_PKhPS2_", ("mask_add", ("float32", "Scalar"))),
         ("_ZN4cuda6a_kernINS_4bf16ENS_6VectorENS_10NoResidualEEEvv", None),
         ("_ZN4cuda8k_kernelINS_4bf16ENS_6VectorENS_10NoResidualEEEvv", ("k", ("bfloat16", "Vector", "NoResidual"))),
@@ -100,5 +118,5 @@ def test_demangle(symbol, expected):
 
 
 def test_demangle_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="expected float or a type of namespace cuda"):
+    with pytest.raises(ValueError, match="expected float, a number or a type of namespace cuda"):
         cuda.demangle("_ZN4cuda8k_kernelIdEEvv")

@@ -12,6 +12,7 @@ import re
 import subprocess
 import tempfile
 
+from fastres.backends.block_kernels import BOTTLENECKS, BottleneckConfig
 from fastres.codegen import sass
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -22,8 +23,11 @@ FLAGS = ("-std=c++20", "-O3", "-DFASTRES_BACKEND=cuda")
 #: Shared memory of one block that needs no opt-in; the kernels declare theirs statically.
 STATIC_SHARED_LIMIT = 48 * 1024
 
+#: What the main loop of a tensor-core kernel must consist of: products, matrix loads, asynchronous copies.
+TENSOR = ("HMMA", "LDSM", "LDGSTS")
+
 _TYPES = {"f": "float32", "bf16": "bfloat16", "f16": "float16"}
-_BASIC = re.compile(r"f|NS_(\d+)")
+_BASIC = re.compile(r"f|NS_(\d+)|L[ib](\d+)E")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,15 @@ class Row:
     store: int
     stack: int
     spills: int
+    tensor: tuple[int, ...] = ()  # instructions of each of TENSOR
+
+    @property
+    def block(self) -> BottleneckConfig | None:
+        """The configuration that this kernel was compiled for, None for the kernels that have none."""
+        if self.kernel != "bottleneck_eval":
+            return None
+        mid, projected = (int(p) for p in self.parameters[1:])
+        return next(c for c in BOTTLENECKS if (c.mid, c.projected) == (mid, projected))
 
     @property
     def name(self) -> str:
@@ -59,13 +72,19 @@ class Row:
             found.append(f"{where}: {self.shared} bytes of shared memory; the limit is {STATIC_SHARED_LIMIT}")
         if "Vector" in self.parameters and self.load < 16:
             found.append(f"{where}: loads at most {self.load} bytes an instruction; expected 16")
+        if self.block is not None:
+            limit, shared = sass.SHARED_LIMIT[int(re.match(r"\d+", self.arch)[0])], self.block.shared + self.shared
+            if shared > limit + (1024 if self.shared else 0):
+                found.append(f"{where}: {shared} bytes of shared memory; the limit is {limit}")
+            found += [f"{where}: no {name}" for name, n in zip(TENSOR, self.tensor, strict=True) if not n]
         return found
 
 
 def demangle(symbol: str) -> tuple[str, tuple[str, ...]]:
     """Kernel and template parameters of a mangled name: ``_ZN4cuda8k_kernelIfNS_6VectorEEEvPKT_``, k<float32, Vector>.
 
-    Only what the kernels use: types of their own namespace and float. Raises ``ValueError`` for anything else.
+    Only what the kernels use: types of their own namespace, float, numbers and bools (as 0, 1). Raises ``ValueError``
+    for anything else.
     """
     head = re.match(r"_ZN4cuda(\d+)", symbol)
     if not head:
@@ -79,9 +98,11 @@ def demangle(symbol: str) -> tuple[str, tuple[str, ...]]:
         while symbol[at] != "E":
             part = _BASIC.match(symbol, at)
             if not part:
-                raise ValueError(f"symbol: expected float or a type of namespace cuda at {at}, got {symbol!r}")
+                raise ValueError(
+                    f"symbol: expected float, a number or a type of namespace cuda at {at}, got {symbol!r}"
+                )
             at = part.end()
-            text = part[0]
+            text = part[2] or part[0]
             if part[1]:
                 text, at = symbol[at : at + int(part[1])], at + int(part[1]) + 1  # and the E that closes NS_
             parameters.append(_TYPES.get(text, text))
@@ -135,6 +156,7 @@ def compile_one(arch: str, source: pathlib.Path) -> list[Row]:
                 store=widest(usage, "STG"),
                 stack=usage.stack,
                 spills=usage.spills,
+                tensor=tuple(usage.count(opcode) for opcode in TENSOR),
             )
             rows.append(row)
     return sorted(rows, key=lambda r: r.name)
@@ -164,6 +186,26 @@ def section(arch: str, table: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def blocks(table: list[Row]) -> str:
+    """The part of the page about kernels that run a whole block on tensor cores."""
+    lines = [
+        "## Whole blocks",
+        "",
+        "Dynamic shared memory: bytes of one block. blocks: that the launch counts on for one multiprocessor. Then the",
+        "instructions in the code: products of tensor cores, matrix loads, asynchronous copies.",
+        "",
+        f"| architecture | kernel | variant | dynamic shared | blocks | {' | '.join(TENSOR)} |",
+        "|---|---|---|--:|--:|" + "--:|" * len(TENSOR),
+    ]
+    for r in table:
+        if r.block is not None:
+            counts = " | ".join(map(str, r.tensor))
+            lines.append(
+                f"| sm_{r.arch} | {r.kernel} | {', '.join(r.parameters)} | {r.block.shared} | {r.block.blocks} | {counts} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def header() -> str:
     return f"""# CUDA kernels as compiled
 
@@ -173,7 +215,8 @@ Each row is one kernel of `csrc/cuda/`, compiled offline for the architecture an
 code. No GPU was involved: this page says what was generated, not how fast it is. Every block has 256 threads.
 
 variant: activation dtype; `Vector` (C a multiple of 8, addresses aligned to 16 bytes) or `Scalar`; where the
-ReLU mask comes from; what joins before the ReLU. registers: of one thread (limit {sass.REGISTER_LIMIT}).
+ReLU mask comes from; what joins before the ReLU; of `bottleneck_eval` dtype, channels inside, and whether the
+shortcut is a projection. registers: of one thread (limit {sass.REGISTER_LIMIT}).
 shared: bytes of one block, from sm_90 on with the 1024 bytes the system keeps of it. load, store: bytes moved by
 the widest instruction of one thread from or to global memory. stack, spills: bytes and local-memory instructions
 of one thread, expected 0. `bn_one_pass_*` take dynamic shared memory beside: all that two blocks of a multiprocessor
@@ -187,4 +230,4 @@ def generate(jobs: int = 2, architectures=ARCHITECTURES) -> str:
     problems = [problem for row in table for problem in row.problems]
     if problems:
         raise RuntimeError("\n".join(problems))
-    return "\n".join([header(), *(section(arch, table) for arch in architectures)])
+    return "\n".join([header(), *(section(arch, table) for arch in architectures), blocks(table)])
