@@ -219,7 +219,9 @@ def test_an_inference_run_is_right_and_tells_everything():
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_training_run_compares_gradients_and_memory(dtype):
-    result = bench.run(bench.Case(**TINY, train=True, dtype=dtype))
+    # At 32 pixels and batch 2 the last BNs see two values a channel: their sign is all that is left, and any rounding
+    # turns gradients around.
+    result = bench.run(bench.Case(**{**TINY, "batch": 4, "size": 64, "train": True, "dtype": dtype}))
     eager, ours = result.rows
     for r in (eager, ours):
         assert r["within_budget"], r["error_vs_float64"]
