@@ -199,10 +199,8 @@ def blocks(table: list[Row]) -> str:
     ]
     for r in table:
         if r.block is not None:
-            counts = " | ".join(map(str, r.tensor))
-            lines.append(
-                f"| sm_{r.arch} | {r.kernel} | {', '.join(r.parameters)} | {r.block.shared} | {r.block.blocks} | {counts} |"
-            )
+            cells = [f"sm_{r.arch}", r.kernel, ", ".join(r.parameters), r.block.shared, r.block.blocks, *r.tensor]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
