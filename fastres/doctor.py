@@ -20,7 +20,9 @@ from fastres.machine import cpu
 #: Extension -> the backend it carries.
 EXTENSIONS = {"_cpu": "cpu", "_cuda": "cuda", "_emulator": "emulator"}
 
-_PACKAGES = ("torchvision", "triton", "numpy", "pillow", "matplotlib", "rich", "typer", "safetensors", "pytest", "scikit-learn")
+_PACKAGES = (
+    "torchvision", "triton", "numpy", "pillow", "matplotlib", "rich", "typer", "safetensors", "pytest", "scikit-learn",
+)  # fmt: skip
 
 #: (op, channels) of a ResNet-50's typical requests.
 TYPICAL = (
