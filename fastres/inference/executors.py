@@ -73,9 +73,12 @@ class Executor(Protocol):
 
 
 #: Executor -> the module (or object) that holds it.
-EXECUTORS: dict[str, object] = {"torch": "fastres.inference.torch_executor"}
+EXECUTORS: dict[str, object] = {
+    "cpu": "fastres.inference.cpu_executor",
+    "torch": "fastres.inference.torch_executor",
+}
 #: Tried in this order on a device; the last serves everything.
-ORDER: dict[str, tuple[str, ...]] = {"cpu": ("torch",), "cuda": ("torch",)}
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("torch",)}
 
 
 def load(name: str) -> Executor:

@@ -1,6 +1,5 @@
-"""Segments node by node on PyTorch's operators, on any device: folded weights in channels_last, on the CPU convolutions
-of our own where they are the faster ones, else oneDNN's packed weights and post-ops where it has them, else cuDNN's or
-the native convolution with bias, residual and ReLU after it.
+"""Segments on PyTorch's own operators, on any device: folded weights in channels_last, oneDNN's packed weights and
+post-ops where it has them, else cuDNN's or the native convolution with bias, residual and ReLU after it.
 
 The executor of last resort: it serves every node in every dtype.
 """
@@ -74,21 +73,20 @@ def _full_float32(device: torch.device):
 
 
 class _Folded:
-    """One convolution's weight in the compute dtype, and packed once an input has come by: for the CPU backend's kernel
-    where that is the faster one, else for oneDNN."""
+    """One convolution's weight in the compute dtype, and packed once an input has come by: for oneDNN, or, if ``own``,
+    for the CPU backend's kernel."""
 
-    def __init__(self, conv: Conv, device: torch.device, dtype: torch.dtype):
-        self.geometry = conv.geometry
+    def __init__(self, conv: Conv, device: torch.device, dtype: torch.dtype, own: bool):
+        self.own, self.geometry = own, conv.geometry
         self.weight = conv.weight.to(device, dtype).contiguous(memory_format=torch.channels_last)
         self.bias = conv.bias.to(device, dtype)
         self.packed: Tensor | None = None
         self.wide_bias = self.bias.float() if dtype is not torch.float64 else self.bias
         #: (instruction set, weight packed for it)
-        self.own: tuple[str, Tensor] | None = None
+        self.ours: tuple[str, Tensor] | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        dense = (x,) if residual is None else (x, residual)
-        if conv_lib.takes_ours("fprop", x, self.weight, self.geometry, *dense):
+        if self.own:
             return self._ours(x, residual, relu)
         if conv_lib.has_pointwise(x):
             if self.packed is None:  # two threads may both pack: either result serves
@@ -101,27 +99,26 @@ class _Folded:
 
     def library(self) -> str:
         """Whose kernel serves, for a report."""
-        w = self.weight
-        x = torch.empty((1, w.shape[1] * self.geometry[3], 16, 16), dtype=w.dtype, device=w.device)
-        x = x.to(memory_format=torch.channels_last)
-        if conv_lib.takes_ours("fprop", x, w, self.geometry, x):
+        if self.own:
             return OURS
-        return "oneDNN conv+post-ops" if conv_lib.has_pointwise(x) else f"aten conv ({w.device.type})"
+        probe = torch.empty(1, dtype=self.weight.dtype, device=self.weight.device)
+        return "oneDNN conv+post-ops" if conv_lib.has_pointwise(probe) else f"aten conv ({probe.device.type})"
 
     def _ours(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        own = self.own
-        if own is None or own[0] != cpu_conv.cpu.isa():
-            own = self.own = cpu_conv.cpu.isa(), cpu_conv.pack(self.weight)
-        return cpu_conv.fprop(x, self.weight, self.geometry, self.wide_bias, residual, relu, packed=own[1])
+        ours, isa = self.ours, cpu_conv.cpu.isa()
+        if ours is None or ours[0] != isa:  # two threads may both pack: either result serves
+            ours = self.ours = isa, cpu_conv.pack(self.weight)
+        residual = None if residual is None else nhwc(residual)
+        return cpu_conv.fprop(nhwc(x), self.weight, self.geometry, self.wide_bias, residual, relu, packed=ours[1])
 
     def memory(self) -> int:
-        held = (self.weight, self.bias, self.packed, None if self.own is None else self.own[1])
+        held = (self.weight, self.bias, self.packed, None if self.ours is None else self.ours[1])
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
 
-def _step(node: Node, device: torch.device, dtype: torch.dtype):
+def _step(node: Node, device: torch.device, dtype: torch.dtype, own: bool):
     """``(function of the input, the folded convolutions it holds)``."""
-    convs = [_Folded(conv, device, dtype) for conv in node.convs()]
+    convs = [_Folded(conv, device, dtype, own) for conv in node.convs()]
     if isinstance(node, Stem):
         window = (node.pool_kernel, node.pool_stride, node.pool_padding)
         return (lambda x: F.max_pool2d(convs[0](x, None, True), *window)), convs
@@ -149,15 +146,17 @@ def _step(node: Node, device: torch.device, dtype: torch.dtype):
 
 
 class TorchSegment:
-    """A segment of plain calls. Where the processor has no arithmetic for the dtype it computes in float32."""
+    """A segment of plain calls. Where the processor has no arithmetic for the dtype it computes in float32. ``own``:
+    convolutions are the CPU backend's, which know every dtype."""
 
-    def __init__(self, segment: Segment, device: torch.device, dtype: torch.dtype, precision: str):
+    def __init__(self, segment: Segment, device: torch.device, dtype: torch.dtype, precision: str, own: bool = False):
         self.segment, self.device, self.dtype = segment, device, dtype
-        self.compute = torch.float32 if conv_lib.widens(torch.empty(0, dtype=dtype, device=device)) else dtype
+        widens = not own and conv_lib.widens(torch.empty(0, dtype=dtype, device=device))
+        self.compute = torch.float32 if widens else dtype
         self.full = self.compute is torch.float32 and precision != "high" or device.type == "cpu"
         self.steps, self.convs = [], []
         for node in segment.nodes:
-            step, convs = _step(node, device, self.compute)
+            step, convs = _step(node, device, self.compute, own)
             self.steps.append(step)
             self.convs.append(convs)
 
