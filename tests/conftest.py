@@ -197,3 +197,16 @@ def fake(device, monkeypatch):
     package = fake_cudnn.package()
     monkeypatch.setitem(sys.modules, "cudnn", package)
     return package
+
+
+@pytest.fixture
+def emulator():
+    """The emulator's launch functions, or a skip; seed, chip and meter are put back behind the test."""
+    kernels = dispatch.load("emulator")
+    if kernels.missing:
+        pytest.skip(kernels.missing)
+    before = kernels.seed()
+    yield kernels
+    kernels.set_seed(before)
+    kernels.module.set_chip("sm_90a", 4)
+    kernels.module.meter(False)

@@ -28,17 +28,6 @@ L4 = one_pass.Chip("L4", 58, 99 * 1024, 100 * 1024)
 MATRICES = ((1, 131), (7, 67), (20, 5), (64, 601), (264, 37))
 
 
-@pytest.fixture
-def emulator():
-    kernels = dispatch.load("emulator")
-    if kernels.missing:
-        pytest.skip(kernels.missing)
-    before = kernels.seed()
-    yield kernels
-    kernels.set_seed(before)
-    kernels.module.set_chip("sm_90a", 4)
-
-
 def cases(function, dtype, C, M, T, kind):
     """The cases of ``verify`` on values of ``kind``, with optional arguments left out in turn."""
     torch.manual_seed(C + M)

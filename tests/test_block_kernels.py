@@ -35,18 +35,6 @@ SHAPES = (
 )
 
 
-@pytest.fixture
-def emulator():
-    kernels = dispatch.load("emulator")
-    if kernels.missing:
-        pytest.skip(kernels.missing)
-    before = kernels.seed()
-    yield kernels
-    kernels.set_seed(before)
-    kernels.module.set_chip("sm_90a", 4)
-    kernels.module.meter(False)
-
-
 def run(kernels, shape, dtype, whole=True):
     """(output, what it should be, arguments) on the data of the verification."""
     x, w1, w2, w3, projection, bias = whole_block.data(shape, CPU, dtype, whole)

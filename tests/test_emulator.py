@@ -242,16 +242,6 @@ def test_dynamic_shared_memory(run, seed):
 # ---- the CUDA kernels on the emulator
 
 
-@pytest.fixture
-def emulator():
-    kernels = dispatch.load("emulator")
-    if kernels.missing:
-        pytest.skip(kernels.missing)
-    before = kernels.seed()
-    yield kernels
-    kernels.set_seed(before)
-
-
 @pytest.mark.parametrize("C", [64, 20])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_order_does_not_matter(emulator, function, C):

@@ -205,11 +205,11 @@ class Worker {
 
     void compute(i64 n_rows, i64 panel0, i64 panel1) {
         const TileInput in{taps_, p_.n_taps, l_.blocks, block_, l_.last_width};
-        const i64 groups = ceil_div(panel1 - panel0, min_of(kGroup, max_of(1, l2_bytes() / 3 / (l_.panel_floats * 4))));
-        chunk_ = next_ ? ceil_div((end_ - next_), 64 * max_of(1, groups * n_rows * ceil_div(p_.J, kPixels))) : 0;
-        const i64 fit = max_of(1, l2_bytes() / 3 / (l_.panel_floats * i64(sizeof(float))));
+        const i64 fit = max_of(1, l2_bytes() / 3 / (l_.panel_floats * i64(sizeof(float)))), step = min_of(kGroup, fit);
+        const i64 tiles = ceil_div(panel1 - panel0, step) * n_rows * ceil_div(p_.J, kPixels);
+        chunk_ = next_ ? ceil_div(end_ - next_, 64 * max_of(1, tiles)) : 0;
         for (i64 g0 = panel0, g1; g0 < panel1; g0 = g1) {
-            g1 = min_of(panel1, g0 + min_of(kGroup, fit));
+            g1 = min_of(panel1, g0 + step);
             if (p_.J <= kWide && !p_.points) {
                 for (i64 r = 0; r < n_rows; r += 2) {
                     const bool two = r + 1 < n_rows;

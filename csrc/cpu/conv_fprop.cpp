@@ -3,12 +3,10 @@
 
 #include "cpu/conv.h"
 #include "cpu/conv_direct.h"
-#include "cpu/isa/rows.h"
+#include "cpu/conv_tile.h"
 
 namespace FASTRES_BACKEND {
 namespace {
-
-constexpr i64 kFlatRow = L == 16 ? 14 : 6;  // points of a tile (conv_tile.h)
 
 void check_taps(const ConvShape& g) {
     if (g.R * g.S > kMaxTaps) throw std::invalid_argument("conv: R * S must be at most 121");
@@ -17,9 +15,9 @@ void check_taps(const ConvShape& g) {
 void make_flat(Direct& p) {
     p.points = p.N * p.I * p.J;
     p.N = 1;
-    p.J = p.W = kFlatRow;
-    p.I = p.H = ceil_div(p.points, kFlatRow);
-    p.y_i = kFlatRow * p.y_j;
+    p.J = p.W = kPixels;
+    p.I = p.H = ceil_div(p.points, kPixels);
+    p.y_i = kPixels * p.y_j;
 }
 
 i64 floor_mod(i64 a, i64 b) { return (a % b + b) % b; }
