@@ -23,6 +23,28 @@ void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w
 i64 conv_packed_floats(const ConvShape& shape);
 void conv_pack(int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed, i64 ctx);
 
+// conv_fprop by Winograd's F(out x out, 3x3), out 2 or 4: 3x3 taps of stride 1 and dilation 1. packed: what
+// winograd_pack made of the float32 weights.
+void winograd_fprop(int dtype, const void* x, const float* packed, const ConvShape& shape, i64 out,
+                    const float* bias /*or null*/, const void* residual /*or null*/, int relu, void* y, i64 ctx);
+i64 winograd_packed_floats(const ConvShape& shape, i64 out);
+void winograd_pack(const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, i64 out, float* packed,
+                   i64 ctx);
+
+// A square pooling window and the size of its output.
+struct PoolShape {
+    i64 kernel, stride, padding, P, Q;
+};
+// y [N, pool.P, pool.Q, K] = max_pool(relu(conv(x, w) + bias)) of images [N, H, W, 3], of a stride_w of 2. packed: what
+// stem_pack made of the float32 weights.
+void stem_conv(int dtype, const void* x, const float* packed, const ConvShape& shape, const PoolShape& pool,
+               const float* bias, void* y, i64 ctx);
+i64 stem_packed_floats(const ConvShape& shape);
+void stem_pack(const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed);
+
+// y [N, C] = mean over M of x [N, M, C], summed in float32 in the order of M.
+void global_mean(int dtype, const void* x, i64 N, i64 M, i64 C, void* y, i64 ctx);
+
 // dx [N, H, W, C], every element written.
 void conv_dgrad(int dtype, const void* dy, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, void* dx,
                 i64 ctx);

@@ -360,31 +360,12 @@ i64 packed_floats(const Direct& p) {
 
 void pack_direct(int dtype, const Direct& p, float* packed, i64 threads) {
     const Layout l = weights_layout(p);
-    switch (dtype) {
-        case kF32:
-            return pack_weights<float>(p, l, packed, threads);
-        case kBF16:
-            return pack_weights<bf16>(p, l, packed, threads);
-        case kF16:
-            return pack_weights<fp16>(p, l, packed, threads);
-        default:
-            cpu_runtime::bad_dtype(dtype);
-    }
+    with_narrow(dtype, [&](auto type) { pack_weights<decltype(type)>(p, l, packed, threads); });
 }
 
 void direct(int dtype, const Direct& p, i64 threads) {
     if (p.N * p.I * p.J == 0 || p.K == 0) return;
-    threads = max_of(1, threads);
-    switch (dtype) {
-        case kF32:
-            return run<float>(p, threads);
-        case kBF16:
-            return run<bf16>(p, threads);
-        case kF16:
-            return run<fp16>(p, threads);
-        default:
-            cpu_runtime::bad_dtype(dtype);
-    }
+    with_narrow(dtype, [&](auto type) { run<decltype(type)>(p, max_of(1, threads)); });
 }
 
 }  // namespace FASTRES_BACKEND

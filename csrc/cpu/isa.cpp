@@ -108,6 +108,10 @@ namespace cpu {
 
 #define FORWARD(name, parameters, ...) \
     void name parameters { reinterpret_cast<decltype(&name)>(cpu_isa::choose().table[cpu_isa::k_##name])(__VA_ARGS__); }
+#define FORWARD_SIZE(name, parameters, ...)                                                                \
+    i64 name parameters {                                                                                  \
+        return reinterpret_cast<decltype(&name)>(cpu_isa::choose().table[cpu_isa::k_##name])(__VA_ARGS__); \
+    }
 
 FORWARD(add_relu_fwd, (int dtype, const void* x, const void* residual, i64 n, void* out, u8* mask, i64 ctx), dtype, x,
         residual, n, out, mask, ctx)
@@ -163,15 +167,28 @@ FORWARD(conv_fprop,
 FORWARD(conv_pack,
         (int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed, i64 ctx), dtype,
         w, w_k, w_c, w_tap, shape, packed, ctx)
-i64 conv_packed_floats(const ConvShape& shape) {
-    return reinterpret_cast<decltype(&conv_packed_floats)>(cpu_isa::choose().table[cpu_isa::k_conv_packed_floats])(
-        shape);
-}
 FORWARD(conv_dgrad,
         (int dtype, const void* dy, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, void* dx,
          i64 ctx),
         dtype, dy, w, w_k, w_c, w_tap, shape, dx, ctx)
 FORWARD(conv_wgrad, (int dtype, const void* dy, const void* x, const ConvShape& shape, float* dw, i64 ctx), dtype, dy,
         x, shape, dw, ctx)
+FORWARD(winograd_fprop,
+        (int dtype, const void* x, const float* packed, const ConvShape& shape, i64 out, const float* bias,
+         const void* residual, int relu, void* y, i64 ctx),
+        dtype, x, packed, shape, out, bias, residual, relu, y, ctx)
+FORWARD(winograd_pack,
+        (const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, i64 out, float* packed, i64 ctx), w, w_k,
+        w_c, w_tap, shape, out, packed, ctx)
+FORWARD(stem_conv,
+        (int dtype, const void* x, const float* packed, const ConvShape& shape, const PoolShape& pool,
+         const float* bias, void* y, i64 ctx),
+        dtype, x, packed, shape, pool, bias, y, ctx)
+FORWARD(stem_pack, (const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed), w, w_k, w_c,
+        w_tap, shape, packed)
+FORWARD(global_mean, (int dtype, const void* x, i64 N, i64 M, i64 C, void* y, i64 ctx), dtype, x, N, M, C, y, ctx)
+FORWARD_SIZE(conv_packed_floats, (const ConvShape& shape), shape)
+FORWARD_SIZE(winograd_packed_floats, (const ConvShape& shape, i64 out), shape, out)
+FORWARD_SIZE(stem_packed_floats, (const ConvShape& shape), shape)
 
 }  // namespace cpu

@@ -8,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/pool.h"
+#include "cpu/program.h"
 
 namespace cpu {
 namespace {
@@ -19,6 +20,55 @@ T* pointer(std::uintptr_t address) {
 
 ConvShape shape_of(const std::array<i64, 15>& s) {
     return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13], s[14]};
+}
+
+// Addresses that a program keeps belong to its user, who must keep the tensors alive.
+void program(pybind11::module_& m) {
+    using Address = std::uintptr_t;
+    pybind11::enum_<Op>(m, "Op")
+        .value("direct", Op::kDirect)
+        .value("winograd", Op::kWinograd)
+        .value("stem", Op::kStem)
+        .value("mean", Op::kMean);
+    m.attr("PLACE_INPUT") = kInput;
+    m.attr("PLACE_OUTPUT") = kOutput;
+    m.attr("PLACE_NONE") = kNone;
+    pybind11::class_<Program>(m, "Program", "A chain of kernels, see csrc/cpu/program.h.")
+        .def(pybind11::init<int, i64>(), pybind11::arg("dtype"), pybind11::arg("arena_bytes"))
+        .def(
+            "add",
+            [](Program& self, Op op, i64 src, i64 residual, i64 dst, const std::array<i64, 15>& sizes,
+               const std::array<i64, 5>& pool, i64 out, Address packed, Address bias, bool relu) {
+                self.add({op,
+                          src,
+                          residual,
+                          dst,
+                          shape_of(sizes),
+                          {pool[0], pool[1], pool[2], pool[3], pool[4]},
+                          out,
+                          pointer<float>(packed),
+                          pointer<float>(bias),
+                          relu});
+            },
+            pybind11::arg("op"), pybind11::arg("src"), pybind11::arg("residual"), pybind11::arg("dst"),
+            pybind11::arg("sizes"), pybind11::arg("pool"), pybind11::arg("out"), pybind11::arg("packed"),
+            pybind11::arg("bias"), pybind11::arg("relu"))
+        .def(
+            "run",
+            [](const Program& self, Address x, Address y, i64 threads) {
+                self.run(pointer<void>(x), pointer<void>(y), threads, nullptr);
+            },
+            pybind11::call_guard<pybind11::gil_scoped_release>())
+        .def("timed",
+             [](const Program& self, Address x, Address y, i64 threads) {
+                 std::vector<double> seconds(self.size());
+                 {
+                     pybind11::gil_scoped_release released;
+                     self.run(pointer<void>(x), pointer<void>(y), threads, seconds.data());
+                 }
+                 return seconds;
+             })
+        .def_property_readonly("arena_bytes", &Program::arena_bytes);
 }
 
 }  // namespace
@@ -50,6 +100,30 @@ void extras(pybind11::module_& m) {
             conv_pack(dtype, pointer<void>(w), w_k, w_c, w_tap, shape_of(sizes), pointer<float>(packed), ctx);
         },
         released, "See csrc/cpu/conv.h.");
+    m.def(
+        "winograd_fprop",
+        [](int dtype, Address x, Address packed, const Sizes& sizes, i64 out, Address bias, Address residual, int relu,
+           Address y, i64 ctx) {
+            winograd_fprop(dtype, pointer<void>(x), pointer<float>(packed), shape_of(sizes), out, pointer<float>(bias),
+                           pointer<void>(residual), relu, pointer<void>(y), ctx);
+        },
+        released, "See csrc/cpu/conv.h.");
+    m.def("winograd_packed_floats",
+          [](const Sizes& sizes, i64 out) { return winograd_packed_floats(shape_of(sizes), out); });
+    m.def(
+        "winograd_pack",
+        [](Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, i64 out, Address packed, i64 ctx) {
+            winograd_pack(pointer<float>(w), w_k, w_c, w_tap, shape_of(sizes), out, pointer<float>(packed), ctx);
+        },
+        released, "See csrc/cpu/conv.h.");
+    m.def("stem_packed_floats", [](const Sizes& sizes) { return stem_packed_floats(shape_of(sizes)); });
+    m.def(
+        "stem_pack",
+        [](Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, Address packed) {
+            stem_pack(pointer<float>(w), w_k, w_c, w_tap, shape_of(sizes), pointer<float>(packed));
+        },
+        released, "See csrc/cpu/conv.h.");
+    program(m);
     m.def(
         "conv_dgrad",
         [](int dtype, Address dy, Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, Address dx, i64 ctx) {

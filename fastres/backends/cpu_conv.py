@@ -22,6 +22,8 @@ from .trusted import DTYPE_CODE
 _CL = torch.channels_last
 #: Taps a kernel has room for (csrc/cpu/conv_direct.h).
 MAX_TAPS = 121
+#: Rows of taps that the stem's kernel has room for (csrc/cpu/conv_stem.cpp).
+STEM_ROWS = 15
 #: A measured ratio must exceed this before a kernel of ours replaces PyTorch's call.
 MARGIN = 1.1
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,7 +105,7 @@ def _plain(x: Tensor, w: Tensor, g: Geometry) -> Tensor:
     return torch.ops.aten.convolution(x, w, None, *g[:3], False, (0, 0), g[3])
 
 
-def _sizes(p: ConvProblem) -> tuple[int, ...]:
+def sizes(p: ConvProblem) -> tuple[int, ...]:
     return p.N, p.H, p.W, p.C, p.K, p.P, p.Q, p.R, p.S, *p.stride, *p.padding, *p.dilation
 
 
@@ -112,14 +114,14 @@ def even_taps(w: Tensor) -> bool:
     return w.shape[2] == 1 or w.stride(2) == w.shape[3] * w.stride(3)
 
 
-def _weight(w: Tensor) -> tuple[int, int, int, int]:
+def weight_address(w: Tensor) -> tuple[int, int, int, int]:
     """Address and strides in K, C and taps."""
     if not even_taps(w):
         raise ValueError(f"w: got strides {w.stride()}, expected taps at equal distances")
     return w.data_ptr(), w.stride(0), w.stride(1), w.stride(3) if w.shape[3] > 1 else w.stride(2)
 
 
-def _check(function: str, p: ConvProblem, dtype: torch.dtype, **tensors: tuple[Tensor | None, tuple]) -> None:
+def check(function: str, p: ConvProblem | str, dtype: torch.dtype, **tensors: tuple[Tensor | None, tuple]) -> None:
     for what, (t, shape) in tensors.items():
         if t is None:
             continue
@@ -129,6 +131,11 @@ def _check(function: str, p: ConvProblem, dtype: torch.dtype, **tensors: tuple[T
             raise ValueError(f"{function}: {what}: got shape {tuple(t.shape)}, expected {shape} for {p}")
         if not t.is_contiguous(memory_format=_CL):
             raise ValueError(f"{function}: {what}: got strides {t.stride()}, expected dense channels_last")
+
+
+def check_bias(bias: Tensor | None, K: int) -> None:
+    if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (K,) or not bias.is_contiguous()):
+        raise ValueError(f"fprop: bias: got {bias.dtype} {tuple(bias.shape)}, expected dense float32 ({K},)")
 
 
 def _problem(function: str, x_shape, w: Tensor, g: Geometry, dtype: torch.dtype) -> ConvProblem:
@@ -155,14 +162,13 @@ def fprop(x: Tensor, w: Tensor, g: Geometry, bias: Tensor | None = None, residua
     p = _problem("fprop", x.shape, w, g, x.dtype)
     shape = (p.N, p.K, p.P, p.Q)
     y = cpu.empty(shape, x.dtype) if y is None else y
-    _check("fprop", p, x.dtype, x=(x, tuple(x.shape)), residual=(residual, shape), y=(y, shape))
-    if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (p.K,) or not bias.is_contiguous()):
-        raise ValueError(f"fprop: bias: got {bias.dtype} {tuple(bias.shape)}, expected dense float32 ({p.K},)")
-    sizes = _sizes(p)
-    if packed is not None and packed.numel() != cpu._require().conv_packed_floats(sizes):
+    check("fprop", p, x.dtype, x=(x, tuple(x.shape)), residual=(residual, shape), y=(y, shape))
+    check_bias(bias, p.K)
+    fields = sizes(p)
+    if packed is not None and packed.numel() != cpu._require().conv_packed_floats(fields):
         raise ValueError(f"fprop: packed: got {packed.numel()} elements, expected those of pack() under {cpu.isa()}")
     cpu._require().conv_fprop(
-        DTYPE_CODE[x.dtype], x.data_ptr(), *_weight(w), 0 if packed is None else packed.data_ptr(), sizes,
+        DTYPE_CODE[x.dtype], x.data_ptr(), *weight_address(w), 0 if packed is None else packed.data_ptr(), fields,
         0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(), relu, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -173,19 +179,33 @@ def pack(w: Tensor) -> Tensor:
     """The weight ``[K, C, R, S]`` as :func:`fprop` reads it, for the instruction set in use: dense float32."""
     _problem("pack", (1, w.shape[1], *w.shape[2:]), w, ((1, 1), (0, 0), (1, 1), 1), w.dtype)
     K, C, R, S = w.shape
-    sizes = (1, R, S, C, K, 1, 1, R, S, 1, 1, 0, 0, 1, 1)
-    packed = torch.empty(cpu._require().conv_packed_floats(sizes))
-    cpu._require().conv_pack(DTYPE_CODE[w.dtype], *_weight(w), sizes, packed.data_ptr(), torch.get_num_threads())
+    fields = (1, R, S, C, K, 1, 1, R, S, 1, 1, 0, 0, 1, 1)
+    packed = torch.empty(cpu._require().conv_packed_floats(fields))
+    cpu._require().conv_pack(
+        DTYPE_CODE[w.dtype], *weight_address(w), fields, packed.data_ptr(), torch.get_num_threads()
+    )
+    return packed
+
+
+def pack_stem(w: Tensor) -> Tensor:
+    """The float32 weight ``[K, 3, R, S]`` of a stem of horizontal stride 2 as an inference program reads it, for the
+    instruction set in use: dense float32."""
+    K, C, R, S = w.shape
+    if w.dtype != torch.float32 or C != 3 or R > STEM_ROWS:
+        raise ValueError(f"pack_stem: w: got {w.dtype} {tuple(w.shape)}, expected float32 [K, 3, <= {STEM_ROWS}, S]")
+    fields = (1, R, S, C, K, 1, 1, R, S, 1, 2, 0, 0, 1, 1)
+    packed = torch.empty(cpu._require().stem_packed_floats(fields))
+    cpu._require().stem_pack(*weight_address(w), fields, packed.data_ptr())
     return packed
 
 
 def dgrad(dy: Tensor, x_shape, w: Tensor, g: Geometry) -> Tensor:
     """Gradient of the input ``[N, C, H, W]``, channels_last. dy ``[N, K, P, Q]``: dense channels_last."""
     p = _problem("dgrad", x_shape, w, g, dy.dtype)
-    _check("dgrad", p, dy.dtype, dy=(dy, (p.N, p.K, p.P, p.Q)))
+    check("dgrad", p, dy.dtype, dy=(dy, (p.N, p.K, p.P, p.Q)))
     dx = cpu.empty(tuple(x_shape), dy.dtype)
     cpu._require().conv_dgrad(
-        DTYPE_CODE[dy.dtype], dy.data_ptr(), *_weight(w), _sizes(p), dx.data_ptr(), torch.get_num_threads()
+        DTYPE_CODE[dy.dtype], dy.data_ptr(), *weight_address(w), sizes(p), dx.data_ptr(), torch.get_num_threads()
     )
     return dx
 
@@ -194,9 +214,9 @@ def wgrad(dy: Tensor, x: Tensor, w: Tensor, g: Geometry) -> Tensor:
     """Gradient of the weight, float32 whatever the dtype of dy and x, channels_last. Of ``w`` only shape and dtype
     matter. dy ``[N, K, P, Q]``, x ``[N, C, H, W]``: dense channels_last."""
     p = _problem("wgrad", x.shape, w, g, x.dtype)
-    _check("wgrad", p, x.dtype, x=(x, tuple(x.shape)), dy=(dy, (p.N, p.K, p.P, p.Q)))
+    check("wgrad", p, x.dtype, x=(x, tuple(x.shape)), dy=(dy, (p.N, p.K, p.P, p.Q)))
     dw = torch.empty(w.shape, dtype=torch.float32, memory_format=_CL)
     cpu._require().conv_wgrad(
-        DTYPE_CODE[x.dtype], dy.data_ptr(), x.data_ptr(), _sizes(p), dw.data_ptr(), torch.get_num_threads()
+        DTYPE_CODE[x.dtype], dy.data_ptr(), x.data_ptr(), sizes(p), dw.data_ptr(), torch.get_num_threads()
     )
     return dw

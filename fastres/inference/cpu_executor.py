@@ -1,41 +1,135 @@
-"""Nodes on the CPU backend's own convolutions, where those are faster than oneDNN's (``backends/cpu_conv.py``): weights
-packed once, bias, residual and ReLU in the epilogue. Everything else stays with the torch executor."""
+"""Segments on the CPU backend's own kernels (``csrc/cpu/program.h``), where those are faster than oneDNN's.
+
+A whole segment in one call: direct or Winograd convolutions as measured, weights packed once, bias, residual and ReLU
+in the epilogue, intermediates in one arena.
+"""
 
 from __future__ import annotations
 
-import torch
+import threading
 
-from fastres.backends import cpu_conv
-from fastres.inference.plan import Block, ConvAct, Node, Segment
-from fastres.inference.torch_executor import TorchSegment
+import torch
+from torch import Tensor
+
+from fastres.backends import cpu, cpu_conv
+from fastres.inference.cpu_program import Builder, Built
+from fastres.inference.cpu_weights import Packed, flat
+from fastres.inference.executors import Kernel
+from fastres.inference.plan import Linear, Node, Segment, Shape, Stem
+from fastres.ops.bn import nhwc
 
 name = "cpu"
+#: Input shapes that a segment remembers the program of.
+_PROGRAMS = 32
 
 
 def why_not(node: Node, device: torch.device, dtype: torch.dtype, precision: str) -> list[str]:
-    if not isinstance(node, Block | ConvAct):
-        return [f"{node.op}: the kernels are convolutions without pooling"]
     if device.type != "cpu":
         return [f"the session is on {device}, the kernels are for the CPU"]
+    if isinstance(node, Stem):
+        return _stem(node, dtype)
+    # Pooling and classifiers have no contest of their own: they go with the convolutions.
+    weights = [(c.weight, c.geometry) for c in node.convs()] or [(torch.empty(64, 64, 3, 3), _PLAIN)]
     reasons: list[str] = []
-    for conv in node.convs():
-        w = conv.weight.to(dtype)
-        x = w.new_empty((1, w.shape[1] * conv.geometry[3], 16, 16))
-        found = cpu_conv.why_not(x, w, conv.geometry)
-        if not found and not cpu_conv.wins("fprop", x, w, conv.geometry):
+    for weight, geometry in weights:
+        w = torch.empty(1, dtype=dtype).expand(weight.shape)
+        x = torch.empty(1, dtype=dtype).expand(1, w.shape[1] * geometry[3], 16, 16)
+        found = cpu_conv.why_not(x, w, geometry)
+        if not found and not cpu_conv.wins("fprop", x, w, geometry):
             found = [f"{tuple(w.shape)} {str(dtype)[6:]}: oneDNN's convolution is the faster one"]
         reasons += [reason for reason in found if reason not in reasons]
     return reasons
 
 
+_PLAIN = ((1, 1), (1, 1), (1, 1), 1)
+
+
+def _stem(node: Stem, dtype: torch.dtype) -> list[str]:
+    w, (stride, _, dilation, groups) = node.conv.weight, node.conv.geometry
+    if w.shape[1] != 3 or groups != 1 or stride[1] != 2 or dilation != (1, 1) or w.shape[2] > cpu_conv.STEM_ROWS:
+        at_most = f"at most {cpu_conv.STEM_ROWS} rows of taps"
+        return [f"a stem of {tuple(w.shape)} with stride {stride}: expected 3 channels, a stride of 2, {at_most}"]
+    x = torch.empty(1, dtype=dtype).expand(1, 64, 16, 16)
+    plain = torch.empty(1, dtype=dtype).expand(64, 64, 3, 3)
+    found = cpu_conv.why_not(x, plain, _PLAIN)
+    if not found and not cpu_conv.wins("fprop", x, plain, _PLAIN):
+        found = [f"{str(dtype)[6:]}: oneDNN's convolutions are the faster ones"]
+    return found
+
+
 def precision(device: torch.device, dtype: torch.dtype, asked: str) -> str:
-    """Direct sums in float32, always."""
-    return "exact"
+    """Sums in float32, always; fast algorithms unless "exact" is asked for."""
+    return "exact" if asked == "exact" else "highest"
 
 
 def peak(device: torch.device, dtype: torch.dtype, threads: int) -> None:
     """The report takes the rate of ``torch.mm``."""
 
 
-def prepare(segment: Segment, device: torch.device, dtype: torch.dtype, precision: str) -> TorchSegment:
-    return TorchSegment(segment, device, dtype, precision, own=True)
+class CpuSegment:
+    """A segment, with a program for each input shape that came by."""
+
+    def __init__(self, segment: Segment, dtype: torch.dtype, precision: str):
+        self.segment, self.dtype, self.precision = segment, dtype, precision
+        self.weights = [[Packed(c) for c in _convs(node)] for node in segment.nodes]
+        self._programs: dict[tuple, Built] = {}
+        self._lock = threading.Lock()
+
+    def _built(self, shape: Shape) -> Built:
+        key = shape, cpu.isa(), torch.get_num_threads()
+        found = self._programs.get(key)
+        if found is None:
+            with self._lock:
+                found = self._programs.get(key)
+                if found is None:
+                    found = Builder(shape, self.dtype, self.precision, key[1]).build(self.segment, self.weights)
+                    while len(self._programs) >= _PROGRAMS:
+                        self._programs.pop(next(iter(self._programs)))
+                    self._programs[key] = found
+        return found
+
+    def _start(self, x: Tensor) -> tuple[Built, Tensor, Tensor]:
+        x = nhwc(x) if x.dim() == 4 else x.contiguous()
+        built = self._built(tuple(x.shape))
+        shape = built.out_shape
+        y = cpu.empty(shape, self.dtype) if len(shape) == 4 else torch.empty(shape, dtype=self.dtype)
+        return built, x, y
+
+    def run(self, x: Tensor) -> Tensor:
+        built, x, y = self._start(x)
+        if x.numel():
+            built.program.run(x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+        return y
+
+    def timed(self, x: Tensor) -> tuple[Tensor, list[float]]:
+        built, x, y = self._start(x)
+        seconds = [0.0] * len(self.segment.nodes)
+        if x.numel():
+            steps = built.program.timed(x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+            for node, time in zip(built.nodes, steps, strict=True):
+                seconds[node] += time
+        return y, seconds
+
+    def kernels(self, shape: Shape) -> list[Kernel]:
+        found = []
+        for node, choices in zip(self.segment.nodes, self._built(tuple(shape)).choices, strict=True):
+            names = [str(c) for c in choices]
+            kernel = ", ".join(f"{names.count(n)} x {n}" if names.count(n) > 1 else n for n in dict.fromkeys(names))
+            errors = [c.error for c in choices if c.out]
+            note = f"winograd's error {max(errors):.1e} a layer" if errors else ""
+            own = {"stem": "conv + pool in L1", "global_avg_pool": "mean"}
+            tile = {"avx512": "14x32", "avx2": "6x16"}.get(cpu.isa(), "")
+            found.append(Kernel(kernel or own[node.op], cpu.isa(), tile if choices or node.op == "stem" else "", note))
+        return found
+
+    def memory(self, shape: Shape) -> int:
+        held = sum(p.bytes() for packed in self.weights for p in packed)
+        return held + self._built(tuple(shape)).program.arena_bytes
+
+
+def _convs(node: Node):
+    return (flat(node),) if isinstance(node, Linear) else node.convs()
+
+
+def prepare(segment: Segment, device: torch.device, dtype: torch.dtype, precision: str) -> CpuSegment:
+    return CpuSegment(segment, dtype, precision)

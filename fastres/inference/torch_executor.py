@@ -15,13 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastres import convolution as conv_lib
-from fastres.backends import cpu_conv
 from fastres.inference.executors import Kernel
 from fastres.inference.plan import Block, Conv, ConvAct, GlobalAvgPool, Linear, Node, Segment, Shape, Stem
 from fastres.ops.bn import nhwc
 
 name = "torch"
-OURS = "fastres conv"
 
 
 def why_not(node: Node, device: torch.device, dtype: torch.dtype, precision: str) -> list[str]:
@@ -73,21 +71,15 @@ def _full_float32(device: torch.device):
 
 
 class _Folded:
-    """One convolution's weight in the compute dtype, and packed once an input has come by: for oneDNN, or, if ``own``,
-    for the CPU backend's kernel."""
+    """One convolution's weight in the compute dtype, and packed for oneDNN once an input has come by."""
 
-    def __init__(self, conv: Conv, device: torch.device, dtype: torch.dtype, own: bool):
-        self.own, self.geometry = own, conv.geometry
+    def __init__(self, conv: Conv, device: torch.device, dtype: torch.dtype):
+        self.geometry = conv.geometry
         self.weight = conv.weight.to(device, dtype).contiguous(memory_format=torch.channels_last)
         self.bias = conv.bias.to(device, dtype)
         self.packed: Tensor | None = None
-        self.wide_bias = self.bias.float() if dtype is not torch.float64 else self.bias
-        #: (instruction set, weight packed for it)
-        self.ours: tuple[str, Tensor] | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        if self.own:
-            return self._ours(x, residual, relu)
         if conv_lib.has_pointwise(x):
             if self.packed is None:  # two threads may both pack: either result serves
                 with torch.inference_mode(False), torch.no_grad():
@@ -99,26 +91,17 @@ class _Folded:
 
     def library(self) -> str:
         """Whose kernel serves, for a report."""
-        if self.own:
-            return OURS
         probe = torch.empty(1, dtype=self.weight.dtype, device=self.weight.device)
         return "oneDNN conv+post-ops" if conv_lib.has_pointwise(probe) else f"aten conv ({probe.device.type})"
 
-    def _ours(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        ours, isa = self.ours, cpu_conv.cpu.isa()
-        if ours is None or ours[0] != isa:  # two threads may both pack: either result serves
-            ours = self.ours = isa, cpu_conv.pack(self.weight)
-        residual = None if residual is None else nhwc(residual)
-        return cpu_conv.fprop(nhwc(x), self.weight, self.geometry, self.wide_bias, residual, relu, packed=ours[1])
-
     def memory(self) -> int:
-        held = (self.weight, self.bias, self.packed, None if self.ours is None else self.ours[1])
+        held = (self.weight, self.bias, self.packed)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
 
-def _step(node: Node, device: torch.device, dtype: torch.dtype, own: bool):
+def _step(node: Node, device: torch.device, dtype: torch.dtype):
     """``(function of the input, the folded convolutions it holds)``."""
-    convs = [_Folded(conv, device, dtype, own) for conv in node.convs()]
+    convs = [_Folded(conv, device, dtype) for conv in node.convs()]
     if isinstance(node, Stem):
         window = (node.pool_kernel, node.pool_stride, node.pool_padding)
         return (lambda x: F.max_pool2d(convs[0](x, None, True), *window)), convs
@@ -146,17 +129,16 @@ def _step(node: Node, device: torch.device, dtype: torch.dtype, own: bool):
 
 
 class TorchSegment:
-    """A segment of plain calls. Where the processor has no arithmetic for the dtype it computes in float32. ``own``:
-    convolutions are the CPU backend's, which know every dtype."""
+    """A segment of plain calls. Where the processor has no arithmetic for the dtype it computes in float32."""
 
-    def __init__(self, segment: Segment, device: torch.device, dtype: torch.dtype, precision: str, own: bool = False):
+    def __init__(self, segment: Segment, device: torch.device, dtype: torch.dtype, precision: str):
         self.segment, self.device, self.dtype = segment, device, dtype
-        widens = not own and conv_lib.widens(torch.empty(0, dtype=dtype, device=device))
+        widens = conv_lib.widens(torch.empty(0, dtype=dtype, device=device))
         self.compute = torch.float32 if widens else dtype
         self.full = self.compute is torch.float32 and precision != "high" or device.type == "cpu"
         self.steps, self.convs = [], []
         for node in segment.nodes:
-            step, convs = _step(node, device, self.compute, own)
+            step, convs = _step(node, device, self.compute)
             self.steps.append(step)
             self.convs.append(convs)
 
@@ -199,9 +181,8 @@ class TorchSegment:
             kernel = ", ".join(f"{libraries.count(name)} x {name}" for name in dict.fromkeys(libraries))
             if not libraries:
                 kernel = {"global_avg_pool": "aten mean"}.get(node.op, "aten linear")
-            isa = cpu_conv.cpu.isa() if OURS in libraries else ""
             kernel += ", aten max_pool2d" if isinstance(node, Stem) else ""
-            found.append(Kernel(kernel, isa, note=note))
+            found.append(Kernel(kernel, note=note))
         return found
 
     def memory(self, shape: Shape) -> int:

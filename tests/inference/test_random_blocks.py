@@ -116,7 +116,8 @@ def test_random_nodes_against_float64(executor):
         assert torch.equal(x, kept), f"{seed}: the input was written to"
         assert tuple(y.shape) == node.out_shape(shape) and y.dtype == dtype and seconds >= 0
         assert torch.equal(y, again), f"{seed}: two runs differ"
-        assert len(prepared.kernels(shape)) == 1 and prepared.memory(shape) > 0
+        assert len(prepared.kernels(shape)) == 1
+        assert prepared.memory(shape) >= sum(c.weight.numel() for c in node.convs())
         terms = max(
             [c.weight[0].numel() for c in node.convs()], default=shape[1] * max(1, torch.Size(shape[2:]).numel())
         )

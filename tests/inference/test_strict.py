@@ -8,7 +8,7 @@ from session_cases import distance, pixels, tiny, truth
 from torch import nn
 
 import fastres
-from fastres.inference import VerificationError, executors, torch_executor
+from fastres.inference import VerificationError, cpu_executor, executors, torch_executor
 from fastres.inference.executors import Kernel
 from fastres.inference.plan import Block
 
@@ -183,7 +183,8 @@ def test_an_executor_is_asked_inside_foreign_modules_too(install):
 
 
 def test_where_torch_itself_misses_the_model_runs_as_it_is(monkeypatch):
-    monkeypatch.setattr(torch_executor.TorchSegment, "run", lambda self, x: x.new_zeros(x.shape[0], 10))
+    for segment in (torch_executor.TorchSegment, cpu_executor.CpuSegment):
+        monkeypatch.setattr(segment, "run", lambda self, x: x.new_zeros(x.shape[0], 10))
     model, x = tiny(), pixels()
     session = fastres.optimize(model, x, strict=False)
     with torch.no_grad():

@@ -156,6 +156,20 @@ void with_type(int dtype, const F& f) {
     cpu_runtime::bad_dtype(dtype);
 }
 
+// As with_type, for what knows no double.
+template <class F>
+void with_narrow(int dtype, const F& f) {
+    switch (dtype) {
+        case kF32:
+            return f(float());
+        case kBF16:
+            return f(bf16());
+        case kF16:
+            return f(fp16());
+    }
+    cpu_runtime::bad_dtype(dtype);
+}
+
 template <class F>
 void with_flag(bool flag, const F& f) {
     if (flag)

@@ -1,0 +1,180 @@
+// The stem of an evaluation, max_pool(relu(conv(x) + bias)) on images of three channels with a horizontal stride of 2:
+// rows of conv's output live in L1 until the pooling has taken them. And the mean over images before the classifier.
+//
+// S pixels of three channels are 3*S values that follow each other in x, and the next output's window starts 6 values
+// further: a filter row is one dense step, and nothing is padded to blocks of channels.
+#include <stdexcept>
+
+#include "cpu/conv.h"
+#include "cpu/conv_tile.h"
+
+namespace FASTRES_BACKEND {
+namespace {
+
+constexpr int kColors = 3, kStepW = 2;
+constexpr i64 kMostRows = 16;
+
+void check(const ConvShape& g) {
+    if (g.C != kColors || g.stride_w != kStepW || g.dilation_h != 1 || g.dilation_w != 1 || g.R >= kMostRows)
+        throw std::invalid_argument("stem_conv: expected 3 channels, a stride_w of 2, no dilation, fewer than 16 rows");
+}
+
+i64 panel_floats(const ConvShape& g) { return g.R * g.S * kColors * kPanel; }
+
+template <class T>
+class StemWorker {
+  public:
+    StemWorker(const ConvShape& g, const PoolShape& pool, const T* x, const float* w, const float* bias, T* y)
+        : g_(g), pool_(pool), x_(x), w_(w), bias_(bias), y_(y) {
+        panels_ = ceil_div(g.K, kPanel);
+        width_ = panels_ * kPanel;
+        row_floats_ = ceil_div((max_of(g.W, (g.Q - 1) * kStepW + g.S - g.pad_w) + g.pad_w) * kColors, kBlock) * kBlock;
+        row_floats_ = max_of(row_floats_, kBlock);
+        while (slots_ < pool.kernel) slots_ *= 2;
+    }
+
+    // A padded input row for each slot, one of zeros, and slots_ rows of the convolution.
+    i64 scratch_floats() const { return (kMostRows + 1) * row_floats_ + slots_ * g_.Q * width_; }
+
+    // Pooled rows [first, last) of all images.
+    void run(i64 first, i64 last, float* scratch) const {
+        float* rows = scratch;
+        float* zeros = rows + kMostRows * row_floats_;
+        float* ring = zeros + row_floats_;
+        __builtin_memset(rows, 0, (kMostRows + 1) * row_floats_ * sizeof(float));
+        i64 image = -1, have = 0, made = 0;  // input rows and rows of the convolution that are there, up to these
+        for (i64 r = first; r < last; ++r) {
+            const i64 n = r / pool_.P, p = r % pool_.P;
+            const i64 h0 = max_of(0, p * pool_.stride - pool_.padding);
+            const i64 h1 = min_of(g_.P, p * pool_.stride - pool_.padding + pool_.kernel);
+            if (n != image) image = n, made = h0, have = h0 * g_.stride_h - g_.pad_h;
+            made = max_of(made, h0);
+            for (; made < h1; ++made) {
+                const i64 top = made * g_.stride_h - g_.pad_h;
+                for (have = max_of(have, top); have < top + g_.R; ++have)
+                    if (have >= 0 && have < g_.H)
+                        widen(x_ + (n * g_.H + have) * g_.W * kColors, rows + have % kMostRows * row_floats_);
+                convolve(top, rows, zeros, ring + made % slots_ * g_.Q * width_);
+            }
+            pool(h0, h1, ring, y_ + r * pool_.Q * g_.K);
+        }
+    }
+
+  private:
+    void widen(const T* from, float* to) const {
+        to += g_.pad_w * kColors;
+        i64 i = 0;
+        const i64 n = g_.W * kColors;
+        for (; i + L <= n; i += L) store(to + i, load(from + i));
+        if (i < n) store_part(to + i, load_part(from + i, int(n - i)), int(n - i));
+    }
+
+    void convolve(i64 top, const float* rows, const float* zeros, float* out) const {
+        i64 taps[kMostRows];
+        for (i64 r = 0; r < g_.R; ++r) {
+            const i64 h = top + r;
+            taps[r] = (h >= 0 && h < g_.H ? rows + h % kMostRows * row_floats_ : zeros) - rows;
+        }
+        const TileInput in{taps, int(g_.R), 1, 0, int(g_.S * kColors)};
+        const i64 count = ceil_div(g_.Q, kPixels);
+        for (i64 t = 0; t < count; ++t) {
+            const i64 q0 = g_.Q * t / count, m = g_.Q * (t + 1) / count - q0;
+            const float* a = rows + q0 * kStepW * kColors;
+            for (i64 panel = 0; panel < panels_; ++panel) {
+                float* sums = out + q0 * width_ + panel * kPanel;
+                AllTiles::dense<kStepW * kColors, kColors>(m)(in, a, a, w_ + panel * panel_floats(g_), sums, width_);
+            }
+        }
+    }
+
+    void pool(i64 h0, i64 h1, const float* ring, T* y) const {
+        for (i64 q = 0; q < pool_.Q; ++q, y += g_.K) {
+            const i64 w0 = max_of(0, q * pool_.stride - pool_.padding);
+            const i64 w1 = min_of(g_.Q, q * pool_.stride - pool_.padding + pool_.kernel);
+            i64 k = 0;
+            for (; k + L <= g_.K; k += L) window(h0, h1, w0, w1, ring, y, k, Full());
+            if (k < g_.K) window(h0, h1, w0, w1, ring, y, k, Tail{int(g_.K - k), false});
+        }
+    }
+
+    // The greatest sum, then the bias and the ReLU, which keep the order of two values.
+    template <class Span>
+    FR_INLINE void window(i64 h0, i64 h1, i64 w0, i64 w1, const float* ring, T* y, i64 k, Span span) const {
+        vf best = load(ring + (h0 % slots_ * g_.Q + w0) * width_ + k);
+        for (i64 h = h0; h < h1; ++h) {
+            const float* row = ring + h % slots_ * g_.Q * width_ + k;
+            for (i64 w = w0; w < w1; ++w) {
+                const vf v = load(row + w * width_);
+                best = v != v ? v : at_least(best, v);  // a NaN wins, whichever comes first
+            }
+        }
+        span.store(y + k, at_least(best + span.load(bias_ + k), vf{}));
+    }
+
+    const ConvShape& g_;
+    const PoolShape& pool_;
+    const T* x_;
+    const float *w_, *bias_;
+    T* y_;
+    i64 panels_, width_, row_floats_, slots_ = 1;
+};
+
+}  // namespace
+
+i64 stem_packed_floats(const ConvShape& g) {
+    check(g);
+    return ceil_div(g.K, kPanel) * panel_floats(g);
+}
+
+// [panel][tap][channel][kPanel]
+void stem_pack(const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, float* packed) {
+    check(g);
+    for (i64 p = 0; p < ceil_div(g.K, kPanel); ++p)
+        for (i64 t = 0; t < g.R * g.S; ++t)
+            for (i64 c = 0; c < kColors; ++c)
+                for (i64 i = 0; i < kPanel; ++i, ++packed) {
+                    const i64 k = p * kPanel + i;
+                    *packed = k < g.K ? w[k * w_k + c * w_c + t * w_tap] : 0.0f;
+                }
+}
+
+void stem_conv(int dtype, const void* x, const float* packed, const ConvShape& g, const PoolShape& pool,
+               const float* bias, void* y, i64 ctx) {
+    check(g);
+    if (g.N * pool.P * pool.Q == 0 || g.K == 0) return;
+    const i64 threads = max_of(1, ctx), tasks = g.N * pool.P;
+    with_narrow(dtype, [&](auto type) {
+        using T = decltype(type);
+        const StemWorker<T> worker(g, pool, static_cast<const T*>(x), packed, bias, static_cast<T*>(y));
+        const Scratch scratch(threads * worker.scratch_floats() * sizeof(float));
+        parallel(threads, tasks, [&](i64 first, i64 last, int thread) {
+            worker.run(first, last, static_cast<float*>(scratch.get()) + thread * worker.scratch_floats());
+        });
+    });
+}
+
+void global_mean(int dtype, const void* x, i64 N, i64 M, i64 C, void* y, i64 ctx) {
+    if (N * C == 0) return;
+    constexpr i64 kSpan = 64;
+    const i64 spans = ceil_div(C, kSpan);
+    with_narrow(dtype, [&](auto type) {
+        using T = decltype(type);
+        parallel(threads_for(N * M * C, ctx), N * spans, [&](i64 first, i64 last, int) {
+            for (i64 task = first; task < last; ++task) {
+                const i64 n = task / spans, c0 = task % spans * kSpan;
+                const T* from = static_cast<const T*>(x) + n * M * C;
+                T* to = static_cast<T*>(y) + n * C;
+                const auto one = [&](i64 c, auto span) {
+                    vf sum{};
+                    for (i64 m = 0; m < M; ++m) sum += span.load(from + m * C + c);
+                    span.store(to + c, sum / (vf{} + float(M)));
+                };
+                i64 c = c0;
+                for (; c + L <= min_of(C, c0 + kSpan); c += L) one(c, Full());
+                if (c < min_of(C, c0 + kSpan)) one(c, Tail{int(C - c), false});
+            }
+        });
+    });
+}
+
+}  // namespace FASTRES_BACKEND

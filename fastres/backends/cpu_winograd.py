@@ -1,0 +1,74 @@
+"""3x3 convolutions of stride 1 by Winograd's minimal filtering (``csrc/cpu/conv_winograd.cpp``).
+
+F(2x2, 3x3) takes 2.25 and F(4x4, 3x3) 4 times fewer products, in float32 for every dtype of activations.
+
+Sums are further from float64 than direct ones: about 1.0 times (2x2) and 2.0 times (4x4) as far. A. Lavin and S. Gray,
+"Fast Algorithms for Convolutional Neural Networks", CVPR 2016.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastres.problem import Geometry
+
+from . import cpu, cpu_conv
+from .trusted import DTYPE_CODE
+
+#: Output pixels of a tile, a side.
+OUTS = (2, 4)
+
+
+def why_not(x: Tensor, w: Tensor, geometry: Geometry) -> list[str]:
+    """Reasons why these kernels cannot serve the convolution of x and w, [] if they can."""
+    reasons = cpu_conv.why_not(x, w, geometry)
+    if tuple(w.shape[2:]) != (3, 3):
+        reasons.append(f"{w.shape[2]} x {w.shape[3]} taps, Winograd's are 3 x 3")
+    if geometry[0] != (1, 1) or geometry[2] != (1, 1):
+        reasons.append(f"stride {geometry[0]} and dilation {geometry[2]}, Winograd's are 1")
+    return reasons
+
+
+def _sizes(N: int, H: int, W: int, C: int, K: int, padding: tuple[int, int]) -> tuple[int, ...]:
+    return N, H, W, C, K, H + 2 * padding[0] - 2, W + 2 * padding[1] - 2, 3, 3, 1, 1, *padding, 1, 1
+
+
+def pack(w: Tensor, out: int) -> Tensor:
+    """The float32 weight ``[K, C, 3, 3]`` transformed for :func:`fprop` with tiles of ``out`` x ``out`` pixels, for the
+    instruction set in use: dense float32."""
+    if w.dtype != torch.float32 or w.dim() != 4 or tuple(w.shape[2:]) != (3, 3):
+        raise ValueError(f"pack: w: got {w.dtype} {tuple(w.shape)}, expected float32 [K, C, 3, 3]")
+    if out not in OUTS:
+        raise ValueError(f"pack: out: got {out}, expected 2 or 4")
+    sizes = _sizes(1, 3, 3, w.shape[1], w.shape[0], (0, 0))
+    packed = torch.empty(cpu._require().winograd_packed_floats(sizes, out))
+    cpu._require().winograd_pack(*cpu_conv.weight_address(w), sizes, out, packed.data_ptr(), torch.get_num_threads())
+    return packed
+
+
+def fprop(x: Tensor, packed: Tensor, K: int, padding: tuple[int, int], out: int, bias: Tensor | None = None,
+          residual: Tensor | None = None, relu: bool = False, y: Tensor | None = None) -> Tensor:  # fmt: skip
+    """``act(conv(x, w) + bias + residual)``, ``[N, K, P, Q]`` in channels_last.
+
+    x ``[N, C, H, W]`` and residual: dense channels_last, float32, bfloat16 or float16; packed: `pack` of w and ``out``
+    under the instruction set in use; bias ``[K]`` float32; y, if given, is filled and returned. Raises TypeError /
+    ValueError naming the argument.
+    """
+    N, C, H, W = x.shape
+    sizes = _sizes(N, H, W, C, K, padding)
+    shape = (N, K, *sizes[5:7])
+    if min(shape[2:]) < 1:
+        raise ValueError(f"fprop: x: got {H} x {W}, smaller than the kernel's reach")
+    expected = cpu._require().winograd_packed_floats(sizes, out)
+    if packed.dtype != torch.float32 or packed.numel() != expected:
+        got = f"{packed.dtype} of {packed.numel()} elements"
+        raise ValueError(f"fprop: packed: got {got}, expected {expected} as pack() makes them under {cpu.isa()}")
+    y = cpu.empty(shape, x.dtype) if y is None else y
+    cpu_conv.check("fprop", str(shape), x.dtype, x=(x, tuple(x.shape)), residual=(residual, shape), y=(y, shape))
+    cpu_conv.check_bias(bias, K)
+    cpu._require().winograd_fprop(
+        DTYPE_CODE[x.dtype], x.data_ptr(), packed.data_ptr(), sizes, out, 0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(), relu, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y

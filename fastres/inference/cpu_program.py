@@ -1,0 +1,151 @@
+"""A segment as a program of the CPU module: every kernel, in order, on tensors that share one arena."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastres.backends import cpu
+from fastres.backends.trusted import DTYPE_CODE
+from fastres.inference.cpu_weights import DIRECT, Choice, Packed, sizes
+from fastres.inference.plan import Block, ConvAct, GlobalAvgPool, Linear, Segment, Shape, Stem
+
+_LINE = 64
+
+
+class Arena:
+    """Places for tensors: the lowest gap that is large enough, so that the whole is about what is in use at once."""
+
+    def __init__(self):
+        self.used: dict[int, int] = {}
+        self.bytes = 0
+
+    def take(self, size: int) -> int:
+        size = -(-size // _LINE) * _LINE
+        place = 0
+        for start, taken in sorted(self.used.items()):
+            if start - place >= size:
+                break
+            place = start + taken
+        self.used[place] = size
+        self.bytes = max(self.bytes, place + size)
+        return place
+
+    def free(self, place: int) -> None:
+        self.used.pop(place, None)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A program for one input shape. ``nodes[i]``: the node that step i belongs to; ``choices``: of each node's
+    convolutions."""
+
+    program: object
+    nodes: tuple[int, ...]
+    choices: tuple[tuple[Choice, ...], ...]
+    out_shape: Shape
+    held: tuple
+
+
+class Builder:
+    def __init__(self, shape: Shape, dtype: torch.dtype, precision: str, isa: str):
+        self.dtype, self.precision, self.isa = dtype, precision, isa
+        self.module = cpu._require()
+        self.arena, self.steps, self.nodes, self.held = Arena(), [], [], []
+        self.shape, self.place = shape, self.module.PLACE_INPUT
+
+    def build(self, segment: Segment, weights: list[list[Packed]]) -> Built:
+        choices = []
+        last = len(segment.nodes) - 1
+        for at, (node, packed) in enumerate(zip(segment.nodes, weights, strict=True)):
+            before = len(self.steps)
+            choices.append(self._node(node, packed, at == last))
+            self.nodes += [at] * (len(self.steps) - before)
+        program = self.module.Program(DTYPE_CODE[self.dtype], self.arena.bytes)
+        for step in self.steps:
+            program.add(*step)
+        return Built(program, tuple(self.nodes), tuple(choices), self.shape, tuple(self.held))
+
+    def _node(self, node, packed: list[Packed], last: bool) -> tuple[Choice, ...]:
+        if isinstance(node, Block):
+            return self._block(node, packed, last)
+        if isinstance(node, ConvAct):
+            return (self._replace(packed[0], node.relu, last),)
+        if isinstance(node, Linear):
+            self.shape = (*self.shape, 1, 1)
+            choice = self._replace(packed[0], node.relu, last)
+            self.shape = self.shape[:2]
+            return (choice,)
+        out = node.out_shape(self.shape)
+        target = self._target(out, last)
+        if isinstance(node, Stem):
+            P, Q = node.conv.out_shape(self.shape, node.name)[2:]
+            pool = (node.pool_kernel, node.pool_stride, node.pool_padding, *out[2:])
+            weights = self._keep(packed[0].get(self.isa, "stem")), self._keep(packed[0].bias)
+            fields = sizes(self.shape, tuple(packed[0].weight.shape), node.conv.geometry)
+            self._step(self.module.Op.stem, self.module.PLACE_NONE, target, fields, pool, 0, weights, True)
+        else:
+            assert isinstance(node, GlobalAvgPool)
+            N, C, H, W = self.shape
+            fields = (N, H, W, C, C, 1, 1, H, W, 1, 1, 0, 0, 1, 1)
+            self._step(self.module.Op.mean, self.module.PLACE_NONE, target, fields, (0,) * 5, 0, (0, 0), False)
+        self._move(target, out)
+        return ()
+
+    def _replace(self, packed: Packed, relu: bool, last: bool) -> Choice:
+        """The current tensor through one convolution."""
+        out = packed.conv.out_shape(self.shape, "conv")
+        target = self._target(out, last)
+        choice = self._conv(packed, self.module.PLACE_NONE, target, relu)
+        self._move(target, out)
+        return choice
+
+    def _block(self, node: Block, packed: list[Packed], last: bool) -> tuple[Choice, ...]:
+        x, x_shape = self.place, self.shape
+        inputs, out = node.shapes(x_shape), node.out_shape(x_shape)
+        beside, projected = x, None
+        if node.shortcut is not None:
+            beside = self._target(out, last)
+            projected = self._conv(packed[-1], self.module.PLACE_NONE, beside, False)
+        choices = []
+        for i, conv in enumerate(packed[: len(node.main)]):
+            final = i + 1 == len(node.main)
+            if not final:
+                target = self.arena.take(self._bytes(inputs[i + 1]))
+            elif beside != self.module.PLACE_INPUT and (projected or not last):
+                target = beside  # sums are added where the shortcut lies
+            else:
+                target = self._target(out, last)
+            choices.append(self._conv(conv, beside if final else self.module.PLACE_NONE, target, True))
+            self._move(target, inputs[i + 1], keep=x if i == 0 else None)
+        if x != target:
+            self.arena.free(x)
+        return (*choices, *(() if projected is None else (projected,)))
+
+    def _conv(self, packed: Packed, residual: int, target: int, relu: bool) -> Choice:
+        choice = packed.choice(self.shape, self.dtype, self.precision)
+        weights = self._keep(packed.get(self.isa, choice.out)), self._keep(packed.bias)
+        fields = sizes(self.shape, tuple(packed.weight.shape), packed.conv.geometry)
+        op = self.module.Op.winograd if choice.out != DIRECT else self.module.Op.direct
+        self._step(op, residual, target, fields, (0,) * 5, choice.out, weights, relu)
+        return choice
+
+    def _step(self, op, residual: int, target: int, fields, pool, out: int, weights, relu: bool) -> None:
+        self.steps.append((op, self.place, residual, target, fields, pool, out, *weights, relu))
+
+    def _keep(self, tensor: torch.Tensor) -> int:
+        self.held.append(tensor)
+        return tensor.data_ptr()
+
+    def _bytes(self, shape: Shape) -> int:
+        return torch.Size(shape).numel() * self.dtype.itemsize
+
+    def _target(self, shape: Shape, last: bool) -> int:
+        return self.module.PLACE_OUTPUT if last else self.arena.take(self._bytes(shape))
+
+    def _move(self, place: int, shape: Shape, keep: int | None = None) -> None:
+        """``place`` is the current tensor; the one before is not needed any more, unless it is to be kept."""
+        if self.place != keep and self.place != place:
+            self.arena.free(self.place)
+        self.place, self.shape = place, shape
