@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastres.backends import cpu, cpu_conv
 from fastres.inference.cpu_program import Builder, Built
-from fastres.inference.cpu_weights import Packed, flat
+from fastres.inference.cpu_weights import DIRECT, Choice, Packed, flat
 from fastres.inference.executors import Kernel
 from fastres.inference.plan import Linear, Node, Segment, Shape, Stem
 from fastres.ops.bn import nhwc
@@ -21,6 +21,8 @@ from fastres.ops.bn import nhwc
 name = "cpu"
 #: Input shapes that a segment remembers the program of.
 _PROGRAMS = 32
+#: Images that the choice of kernels is measured on at most, and its runs.
+_IMAGES, _RUNS = 8, 4
 
 
 def why_not(node: Node, device: torch.device, dtype: torch.dtype, precision: str) -> list[str]:
@@ -73,6 +75,8 @@ class CpuSegment:
         self.segment, self.dtype, self.precision = segment, dtype, precision
         self.weights = [[Packed(c) for c in _convs(node)] for node in segment.nodes]
         self._programs: dict[tuple, Built] = {}
+        #: (instruction set, threads, about how many pixels) -> convolution -> its kernel.
+        self._choices: dict[tuple, dict[Packed, Choice]] = {}
         self._lock = threading.Lock()
 
     def _built(self, shape: Shape) -> Built:
@@ -82,10 +86,49 @@ class CpuSegment:
             with self._lock:
                 found = self._programs.get(key)
                 if found is None:
-                    found = Builder(shape, self.dtype, self.precision, key[1]).build(self.segment, self.weights)
+                    found = self._build(shape, self._chosen(shape, *key[1:]).__getitem__)
                     while len(self._programs) >= _PROGRAMS:
                         self._programs.pop(next(iter(self._programs)))
                     self._programs[key] = found
+        return found
+
+    def _build(self, shape: Shape, pick) -> Built:
+        return Builder(shape, self.dtype, cpu.isa(), pick).build(self.segment, self.weights)
+
+    def _chosen(self, shape: Shape, isa: str, threads: int) -> dict[Packed, Choice]:
+        """The fastest kernel of every convolution at inputs about as large as ``shape``. Measured once, in whole runs:
+        what a kernel finds in the caches, its weights not among it, decides as much as its arithmetic."""
+        packed = [p for of_node in self.weights for p in of_node]
+        kinds = {p: p.kinds(self.dtype, self.precision) for p in packed}
+        key = isa, threads, torch.Size(shape).numel().bit_length()
+        if key not in self._choices:
+            if any(len(of_conv) > 1 for of_conv in kinds.values()) and torch.Size(shape).numel():
+                self._choices[key] = self._measured((min(shape[0], _IMAGES), *shape[1:]), kinds)
+            else:
+                self._choices[key] = {p: Choice(DIRECT) for p in packed}
+            for p in packed:
+                p.keep(isa, {chosen[p].out for (of, *_), chosen in self._choices.items() if of == isa})
+        return self._choices[key]
+
+    def _measured(self, shape: Shape, kinds: dict[Packed, tuple[int, ...]]) -> dict[Packed, Choice]:
+        def uniformly(kind: int) -> Built:
+            return self._build(shape, lambda p: Choice(kind if kind in kinds[p] else DIRECT))
+
+        built = {kind: uniformly(kind) for kind in sorted(set().union(*kinds.values()))}
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.dtype)
+        x = nhwc(x) if x.dim() == 4 else x
+        y = torch.empty(next(iter(built.values())).out_shape, dtype=self.dtype)
+        seconds: dict[tuple[Packed, int], float] = {}
+        for run in range(_RUNS):
+            for kind, b in built.items():
+                times = b.program.timed(x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+                for conv, time in zip(b.convs, times, strict=True):
+                    if run and conv is not None:  # the first run warms up
+                        seconds[conv, kind] = min(time, seconds.get((conv, kind), time))
+        found = {}
+        for conv, of_conv in kinds.items():
+            best = min(of_conv, key=lambda kind: seconds.get((conv, kind), 0.0))
+            found[conv] = Choice(best, conv.error(best) if best else 0.0)
         return found
 
     def _start(self, x: Tensor) -> tuple[Built, Tensor, Tensor]:

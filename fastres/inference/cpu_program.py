@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,21 +39,24 @@ class Arena:
 
 @dataclass(frozen=True)
 class Built:
-    """A program for one input shape. ``nodes[i]``: the node that step i belongs to; ``choices``: of each node's
-    convolutions."""
+    """A program for one input shape. ``nodes[i]``, ``convs[i]``: the node and the convolution that step i belongs to,
+    if it is one that knows several kernels; ``choices``: of each node's convolutions."""
 
     program: object
     nodes: tuple[int, ...]
+    convs: tuple[Packed | None, ...]
     choices: tuple[tuple[Choice, ...], ...]
     out_shape: Shape
     held: tuple
 
 
 class Builder:
-    def __init__(self, shape: Shape, dtype: torch.dtype, precision: str, isa: str):
-        self.dtype, self.precision, self.isa = dtype, precision, isa
+    """``pick``: the kernel of a convolution."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, isa: str, pick: Callable[[Packed], Choice]):
+        self.dtype, self.isa, self.pick = dtype, isa, pick
         self.module = cpu._require()
-        self.arena, self.steps, self.nodes, self.held = Arena(), [], [], []
+        self.arena, self.steps, self.nodes, self.convs, self.held = Arena(), [], [], [], []
         self.shape, self.place = shape, self.module.PLACE_INPUT
 
     def build(self, segment: Segment, weights: list[list[Packed]]) -> Built:
@@ -65,7 +69,7 @@ class Builder:
         program = self.module.Program(DTYPE_CODE[self.dtype], self.arena.bytes)
         for step in self.steps:
             program.add(*step)
-        return Built(program, tuple(self.nodes), tuple(choices), self.shape, tuple(self.held))
+        return Built(program, tuple(self.nodes), tuple(self.convs), tuple(choices), self.shape, tuple(self.held))
 
     def _node(self, node, packed: list[Packed], last: bool) -> tuple[Choice, ...]:
         if isinstance(node, Block):
@@ -82,7 +86,7 @@ class Builder:
         if isinstance(node, Stem):
             P, Q = node.conv.out_shape(self.shape, node.name)[2:]
             pool = (node.pool_kernel, node.pool_stride, node.pool_padding, *out[2:])
-            weights = self._keep(packed[0].get(self.isa, "stem")), self._keep(packed[0].bias)
+            weights = self._weights(packed[0].get(self.isa, "stem"), packed[0].bias)
             fields = sizes(self.shape, tuple(packed[0].weight.shape), node.conv.geometry)
             self._step(self.module.Op.stem, self.module.PLACE_NONE, target, fields, pool, 0, weights, True)
         else:
@@ -124,19 +128,20 @@ class Builder:
         return (*choices, *(() if projected is None else (projected,)))
 
     def _conv(self, packed: Packed, residual: int, target: int, relu: bool) -> Choice:
-        choice = packed.choice(self.shape, self.dtype, self.precision)
-        weights = self._keep(packed.get(self.isa, choice.out)), self._keep(packed.bias)
+        choice = self.pick(packed)
+        weights = self._weights(packed.get(self.isa, choice.out), packed.bias)
         fields = sizes(self.shape, tuple(packed.weight.shape), packed.conv.geometry)
         op = self.module.Op.winograd if choice.out != DIRECT else self.module.Op.direct
-        self._step(op, residual, target, fields, (0,) * 5, choice.out, weights, relu)
+        self._step(op, residual, target, fields, (0,) * 5, choice.out, weights, relu, packed)
         return choice
 
-    def _step(self, op, residual: int, target: int, fields, pool, out: int, weights, relu: bool) -> None:
+    def _step(self, op, residual: int, target: int, fields, pool, out: int, weights, relu: bool, conv=None) -> None:
+        self.convs.append(conv)
         self.steps.append((op, self.place, residual, target, fields, pool, out, *weights, relu))
 
-    def _keep(self, tensor: torch.Tensor) -> int:
-        self.held.append(tensor)
-        return tensor.data_ptr()
+    def _weights(self, packed: torch.Tensor, bias: torch.Tensor) -> tuple[int, int]:
+        self.held += [packed, bias]
+        return packed.data_ptr(), bias.data_ptr()
 
     def _bytes(self, shape: Shape) -> int:
         return torch.Size(shape).numel() * self.dtype.itemsize
