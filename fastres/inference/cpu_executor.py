@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastres.backends import cpu, cpu_conv
 from fastres.inference.cpu_program import Builder, Built
-from fastres.inference.cpu_weights import DIRECT, Choice, Packed, flat
+from fastres.inference.cpu_weights import DIRECT, Choice, Packed, flat, gather
 from fastres.inference.executors import Kernel
 from fastres.inference.plan import Linear, Node, Segment, Shape, Stem
 from fastres.ops.bn import nhwc
@@ -86,7 +86,10 @@ class CpuSegment:
             with self._lock:
                 found = self._programs.get(key)
                 if found is None:
-                    found = self._build(shape, self._chosen(shape, *key[1:]).__getitem__)
+                    pick = self._chosen(shape, *key[1:]).__getitem__
+                    found = self._build(shape, pick)
+                    if gather([p for of_node in self.weights for p in of_node], key[1]):
+                        found = self._build(shape, pick)
                     while len(self._programs) >= _PROGRAMS:
                         self._programs.pop(next(iter(self._programs)))
                     self._programs[key] = found

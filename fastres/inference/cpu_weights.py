@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from fastres.problem import problem_of
 
 #: Direct sums, or pixels of Winograd's tile, a side.
 DIRECT = 0
+_LINE = 16  # floats
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Packed:
         self.weight = conv.weight.float().contiguous(memory_format=torch.channels_last)
         self.bias = conv.bias.float().contiguous()
         self._held: dict[tuple[str, int | str], Tensor] = {}
+        self._moved: set[tuple[str, int | str]] = set()
 
     def get(self, isa: str, kind: int | str) -> Tensor:
         """For `DIRECT`, Winograd's tile, or "stem"."""
@@ -58,6 +61,15 @@ class Packed:
         for held, kind in list(self._held):
             if held == isa and isinstance(kind, int) and kind not in kinds:
                 self._held.pop((held, kind), None)
+                self._moved.discard((held, kind))
+
+    def scattered(self, isa: str) -> dict[int | str, Tensor]:
+        """What is laid out for an instruction set and not part of a block, by kernel."""
+        return {kind: t for (of, kind), t in self._held.items() if of == isa and (of, kind) not in self._moved}
+
+    def moved(self, isa: str, kind: int | str, packed: Tensor) -> None:
+        self._held[isa, kind] = packed
+        self._moved.add((isa, kind))
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.weight, self.bias, *self._held.values()))
@@ -81,6 +93,21 @@ class Packed:
             else:
                 found = cpu_conv.fprop(x, self.weight, self.conv.geometry, packed=packed)
             return float((found.double() - truth).norm() / truth.norm().clamp(min=1e-300))
+
+
+def gather(packed: list[Packed], isa: str) -> bool:
+    """Move what is laid out, and was not moved before, into one block in the order of its use; whether there was any.
+
+    The block has huge pages: a pass over weights in small ones waits long for the tables of pages.
+    """
+    held = [(p, kind, t) for p in packed for kind, t in p.scattered(isa).items()]
+    if not held:
+        return False
+    starts = list(itertools.accumulate((-(-t.numel() // _LINE) * _LINE for *_, t in held), initial=0))
+    block = cpu.empty((1, 1, 1, starts[-1]), torch.float32).view(-1)
+    for (p, kind, t), start in zip(held, starts, strict=False):
+        p.moved(isa, kind, block[start : start + t.numel()].copy_(t))
+    return True
 
 
 @functools.lru_cache(maxsize=4096)
