@@ -8,7 +8,7 @@
 namespace FASTRES_BACKEND {
 namespace {
 
-constexpr i64 kGroup = 8;  // panels whose sums a tile of pixels collects before they are written
+constexpr i64 kGroup = 8;  // panels that a tile of pixels passes over in a row
 
 struct Layout {
     i64 blocks, panels, panel_floats;
@@ -226,20 +226,35 @@ class Worker {
     }
 
     void group(const TileInput& in, const Row& r, const Row* second, i64 j0, i64 j1, i64 g0, i64 g1) {
-        alignas(64) float sums[kPixels * kGroup * kPanel];
-        const i64 m = j1 - j0, pitch = (g1 - g0) * kPanel;
-        const TileFunction f = second ? AllTiles::two(m) : AllTiles::one(m);
+        const i64 m = j1 - j0;
         const float *a0 = r.in + j0 * kBlock, *a1 = second ? second->in : a0;
         for (i64 i = 0; i < chunk_ && next_ < end_; ++i, next_ += 64) __builtin_prefetch(next_, 0, 2);
+        const i64 y0 = r.out + j0 * p_.y_j, y1 = second ? second->out : 0;
         for (i64 g = g0; g < g1; ++g) {
             // The lines that will be written, on their way while the sums are made.
-            for (i64 i = 0; i < m; ++i) own(r.out + (j0 + i) * p_.y_j + g * kPanel);
+            for (i64 i = 0; i < m; ++i) own(y0 + i * p_.y_j + g * kPanel);
             if (second)
-                for (i64 i = 0; i < m; ++i) own(second->out + i * p_.y_j + g * kPanel);
-            f(in, a0, a1, w_ + g * l_.panel_floats, sums + (g - g0) * kPanel, pitch);
+                for (i64 i = 0; i < m; ++i) own(y1 + i * p_.y_j + g * kPanel);
+            const float* w = w_ + g * l_.panel_floats;
+            const i64 k = g * kPanel;
+            if (k + kPanel <= p_.K) {
+                T* const y = static_cast<T*>(p_.y) + k;
+                const T* const res = p_.residual ? static_cast<const T*>(p_.residual) + k : nullptr;
+                const TileOutput<T> out{y + y0,
+                                        y + y1,
+                                        res ? res + y0 : nullptr,
+                                        res ? res + y1 : nullptr,
+                                        p_.y_j,
+                                        p_.bias ? p_.bias + k : nullptr,
+                                        p_.relu};
+                (second ? AllTiles::two_to<T>(m) : AllTiles::one_to<T>(m))(in, a0, a1, w, out);
+                continue;
+            }
+            alignas(64) float sums[kSums];
+            (second ? AllTiles::two(m) : AllTiles::one(m))(in, a0, a1, w, sums, kPanel);
+            write(sums, y0, m, k);
+            if (second) write(sums + m * kPanel, y1, m, k);
         }
-        write(sums, pitch, r.out + j0 * p_.y_j, m, g0, g1);
-        if (second) write(sums + m * pitch, pitch, second->out, m, g0, g1);
     }
 
     void own(i64 at) {
@@ -248,14 +263,14 @@ class Worker {
         if (kPanel * sizeof(T) > 64) __builtin_prefetch(y + 64, 1, 3);
     }
 
-    void write(const float* sums, i64 pitch, i64 out, i64 m, i64 g0, i64 g1) {
-        const i64 k0 = g0 * kPanel, k1 = min_of(p_.K, g1 * kPanel);
+    // The last panel, of fewer channels.
+    void write(const float* sums, i64 out, i64 m, i64 k0) {
         T* y = static_cast<T*>(p_.y) + out;
         const T* r = p_.residual ? static_cast<const T*>(p_.residual) + out : nullptr;
-        for (i64 i = 0; i < m; ++i, sums += pitch, y += p_.y_j, r += r ? p_.y_j : 0) {
+        for (i64 i = 0; i < m; ++i, sums += kPanel, y += p_.y_j, r += r ? p_.y_j : 0) {
             i64 k = k0;
-            for (; k + L <= k1; k += L) write_part(sums + k - k0, y, r, k, Full());
-            if (k < k1) write_part(sums + k - k0, y, r, k, Tail{int(k1 - k), false});
+            for (; k + L <= p_.K; k += L) write_part(sums + k - k0, y, r, k, Full());
+            if (k < p_.K) write_part(sums + k - k0, y, r, k, Tail{int(p_.K - k), false});
         }
     }
 

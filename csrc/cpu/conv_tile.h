@@ -40,11 +40,10 @@ constexpr int kStep = 4;  // channels between two tests of the loop
 // Weights are fetched so many floats ahead: the hardware alone leaves a stream from L3 at half of its rate.
 constexpr i64 kAhead = 96 * kPanel;
 
-// sums [M0 + M1, kPanel]: M0 pixels from a0 on, then M1 pixels from a1 on. kPitch: floats from one pixel to the next.
-template <int M0, int M1, int kPitch = kBlock, int kUnroll = kStep>
-void tile(const TileInput& in, const float* a0, const float* a1, const float* w, float* sums, i64 pitch) {
+// s [M0 + M1][2]: M0 pixels from a0 on, then M1 pixels from a1 on. kPitch: floats from one pixel to the next.
+template <int M0, int M1, int kPitch, int kUnroll>
+FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1, const float* w, vf (&s)[M0 + M1][2]) {
     constexpr int M = M0 + M1;
-    vf s[M][2];
 #pragma GCC unroll 14
     for (int i = 0; i < M; ++i) s[i][0] = s[i][1] = vf{};
     for (i64 b = 0; b < in.blocks; ++b, a0 += in.block_size, a1 += in.block_size) {
@@ -67,10 +66,48 @@ void tile(const TileInput& in, const float* a0, const float* a1, const float* w,
             }
         }
     }
+}
+
+// The sums as they are, [M0 + M1] rows of kPanel.
+template <int M0, int M1, int kPitch = kBlock, int kUnroll = kStep>
+void tile(const TileInput& in, const float* a0, const float* a1, const float* w, float* sums, i64 pitch) {
+    vf s[M0 + M1][2];
+    accumulate<M0, M1, kPitch, kUnroll>(in, a0, a1, w, s);
 #pragma GCC unroll 14
-    for (int i = 0; i < M; ++i) {
+    for (int i = 0; i < M0 + M1; ++i) {
         store(sums + i * pitch, s[i][0]);
         store(sums + i * pitch + L, s[i][1]);
+    }
+}
+
+// Where a whole panel of outputs goes: rows of y and of the residual (or null) for the pixels of a0 and those of a1.
+template <class T>
+struct TileOutput {
+    T *y0, *y1;
+    const T *r0, *r1;
+    i64 pitch;          // from one pixel to the next
+    const float* bias;  // or null
+    bool relu;
+};
+
+// The epilogue on the registers: y = act(sums + bias + residual).
+template <class T, int M0, int M1>
+void tile_to(const TileInput& in, const float* a0, const float* a1, const float* w, const TileOutput<T>& out) {
+    vf s[M0 + M1][2];
+    accumulate<M0, M1, kBlock, kStep>(in, a0, a1, w, s);
+    const vf none = vf{} - __builtin_inff();
+    const vf floor = out.relu ? vf{} : none;
+    const vf b0 = out.bias ? load(out.bias) : vf{}, b1 = out.bias ? load(out.bias + L) : vf{};
+#pragma GCC unroll 14
+    for (int i = 0; i < M0 + M1; ++i) {
+        T* const y = i < M0 ? out.y0 + i * out.pitch : out.y1 + (i - M0) * out.pitch;
+        vf v0 = s[i][0] + b0, v1 = s[i][1] + b1;
+        if (out.r0) {
+            const T* const r = i < M0 ? out.r0 + i * out.pitch : out.r1 + (i - M0) * out.pitch;
+            v0 += load(r), v1 += load(r + L);
+        }
+        store(y, at_least(v0, floor));
+        store(y + L, at_least(v1, floor));
     }
 }
 
@@ -87,6 +124,19 @@ struct Tiles {
     template <int kPitch, int kUnroll>
     static TileFunction dense(i64 m) {
         static constexpr TileFunction f[] = {tile<M + 1, 0, kPitch, kUnroll>...};
+        return f[m - 1];
+    }
+    template <class T>
+    using To = void (*)(const TileInput&, const float*, const float*, const float*, const TileOutput<T>&);
+    template <class T>
+    static To<T> one_to(i64 m) {
+        static constexpr To<T> f[] = {tile_to<T, M + 1, 0>...};
+        return f[m - 1];
+    }
+    template <class T>
+    static To<T> two_to(i64 m) {
+        static constexpr To<T> f[] = {
+            (M < kWide ? tile_to < T, M < kWide ? M + 1 : 1, M < kWide ? M + 1 : 0 > : nullptr)...};
         return f[m - 1];
     }
     static TileFunction two(i64 m) {
