@@ -93,9 +93,9 @@ def test_a_section_is_replaced_and_the_others_stay(monkeypatch):
 
 
 ROW = codegen.Row(
-    arch="sm_90", kind="fprop", hooks="stats", problem="8x64x56x56 -> 64, 3x3", config="patch 2x8x8 64 64 w4 s4",
-    kernel="patch", odd=False, steps=9, registers=168, shared=98336, mma="4 HGMMA", copies="2 UTMALDG",
-    stack=0, spills=0, megabytes=6.4, gflop=1.8, us="5", bound="memory",
+    arch="sm_90", type="bf16", kind="fprop", hooks="stats", problem="8x64x56x56 -> 64, 3x3",
+    config="patch 2x8x8 64 64 w4 s4", kernel="patch", odd=False, steps=9, registers=168, shared=98336,
+    mma="4 HGMMA", copies="2 UTMALDG", stack=0, spills=0, megabytes=6.4, gflop=1.8, us="5", bound="memory",
 )  # fmt: skip
 
 
@@ -109,6 +109,8 @@ ROW = codegen.Row(
         ({"arch": codegen.AMD, "mma": "8 MFMA", "copies": "", "shared": 70_000}, "70000 bytes of shared memory"),
         ({"registers": 256}, "256 registers"),
         ({"mma": ""}, "no tensor-core instruction"),
+        ({"mma": "", "kernel": "gather", "type": "tf32"}, "no tensor-core instruction"),
+        ({"mma": "", "kernel": "gather", "type": "ieee"}, None),
         ({"mma": "8 HMMA"}, "8 HMMA; expected HGMMA"),
         ({"copies": ""}, "no asynchronous copy in the main loop"),
         ({"copies": "", "odd": True}, None),

@@ -28,6 +28,8 @@ CHIP = {80: "a100-80", 89: "l4", 90: "h100", 100: "b200"}
 #: Instructions of the tensor cores and asynchronous copies, by their opcodes.
 MMA = ("HGMMA", "UTCHMMA", "HMMA")
 COPIES = ("UTMALDG", "LDGSTS")
+#: Of float32 products.
+PRECISIONS = ("tf32", "ieee")
 
 
 def _configs():
@@ -76,13 +78,16 @@ class Tensor(table.Operand):
 
 
 def launch(kind: str, problem, hooks: tuple[str, ...], config, type: str = "bf16") -> list:
-    """What the launcher of ``config`` would run for the problem: (kernel, args, kwargs) each."""
+    """What the launcher of ``config`` would run for the problem: (kernel, args, kwargs) each. ``type``: a 16-bit one,
+    or the precision of float32 products, "tf32" or "ieee"."""
     module = importlib.import_module(f"fastres.triton_kernels.{_configs().FILES[config.kernel]}")
     parts = module.parts(kind, problem, config) if set(hooks) & {"stats", "reduce"} else 0
-    types = {"float32": "fp32", "uint8": "u8", type: type}
-    given, named = arguments(kind, problem, hooks, parts, type, lambda t, shape: Tensor(types[t], shape))
+    precision = type if type in PRECISIONS else "ieee"
+    elements = "fp32" if type in PRECISIONS else type
+    types = {"float32": "fp32", "uint8": "u8", elements: elements}
+    given, named = arguments(kind, problem, hooks, parts, elements, lambda t, shape: Tensor(types[t], shape))
     with table.intercepted() as launches:
-        getattr(module, f"conv_{kind}")(*given, config=config, **named)
+        getattr(module, f"conv_{kind}")(*given, config=config, precision=precision, **named)
     return launches
 
 
@@ -183,11 +188,13 @@ _AMD_FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One compiled launch. ``arch``: "sm_90" or "gfx942"; ``mma`` and ``copies``: instructions in the main loop
-    ("16 HGMMA"), see `main_loop`; ``steps``: trips of that loop; ``odd``: of an odd number of channels; ``us`` and
-    ``bound`` by the model, "" where no chip stands for the architecture."""
+    """One compiled launch. ``arch``: "sm_90" or "gfx942"; ``type``: "bf16", or the precision of float32 products;
+    ``mma`` and ``copies``: instructions in the main loop ("16 HGMMA"), see `main_loop`; ``steps``: trips of that loop;
+    ``odd``: of an odd number of channels; ``us`` and ``bound`` by the model, "" where no chip stands for the
+    architecture. The model's figures are those of 16 bits."""
 
     arch: str
+    type: str
     kind: str
     hooks: str
     problem: str
@@ -215,7 +222,7 @@ class Row:
 
     @property
     def problems(self) -> list[str]:
-        name = f"{self.arch} {self.kind} ({self.hooks}) {self.problem}, {self.config}"
+        name = f"{self.arch} {self.type} {self.kind} ({self.hooks}) {self.problem}, {self.config}"
         limit = LDS_LIMIT if self.arch == AMD else sass.SHARED_LIMIT[int(self.arch[3:])]
         found = []
         if self.spills or self.stack:
@@ -224,7 +231,7 @@ class Row:
             found.append(f"{name}: {self.shared} bytes of shared memory; the limit is {limit}")
         if self.arch != AMD and self.registers > sass.REGISTER_LIMIT:
             found.append(f"{name}: {self.registers} registers; the limit is {sass.REGISTER_LIMIT}")
-        if not self.mma:
+        if not self.mma and self.type != "ieee":
             found.append(f"{name}: no tensor-core instruction")
         if self.arch == "sm_90" and self.kernel in _configs().DESCRIPTORS and "HGMMA" not in self.mma:
             found.append(f"{name}: {self.mma}; expected HGMMA")
@@ -242,7 +249,7 @@ def shipped() -> list[tuple]:
 
 
 def work(architectures=(*ARCHITECTURES, AMD)) -> list[tuple]:
-    """What is compiled: (arch, kind, problem, hooks, config)."""
+    """What is compiled: (arch, kind, problem, hooks, config), in bfloat16."""
     configs = _configs()
     items = []
     for arch in architectures:
@@ -258,17 +265,18 @@ def work(architectures=(*ARCHITECTURES, AMD)) -> list[tuple]:
 
 
 def compile_one(item: tuple) -> Row:
-    """Compiles one item of `work`: of its call's launches the one with most taps (a strided dgrad has one for each
-    parity class; a split reduction ends with the merge of its slabs)."""
+    """Compiles one item of `work`, in bfloat16 or the type that follows: of its call's launches the one with most taps
+    (a strided dgrad has one for each parity class; a split reduction ends with the merge of its slabs)."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    arch, kind, problem, hooks, config = item
-    launches = [found for found in launch(kind, problem, hooks, config) if "num_stages" in found[2]]
+    arch, kind, problem, hooks, config, type = (*item, "bf16")[:6]
+    launches = [found for found in launch(kind, problem, hooks, config, type) if "num_stages" in found[2]]
     kernel, args, kwargs = max(launches, key=lambda found: found[2].get("TR", 1) * found[2].get("TS", 1))
     ast, options = source(kernel, args, kwargs)
     modelled = kernel_of(kind, problem, hooks)
     fixed = {
+        "type": type,
         "kind": kind,
         "hooks": ", ".join(hooks),
         "problem": str(problem),

@@ -11,7 +11,7 @@ import threading
 import torch
 from torch import Tensor
 
-from fastres.backends import cpu, cpu_conv
+from fastres.backends import cpu, cpu_conv, cpu_winograd
 from fastres.inference.cpu_program import Builder, Built
 from fastres.inference.cpu_weights import DIRECT, Choice, Packed, flat, gather
 from fastres.inference.executors import Kernel
@@ -32,15 +32,17 @@ def why_not(node: Node, device: torch.device, dtype: torch.dtype, precision: str
         return _stem(node, dtype)
     # Pooling and classifiers have no contest of their own: they go with the convolutions.
     weights = [(c.weight, c.geometry) for c in node.convs()] or [(torch.empty(64, 64, 3, 3), _PLAIN)]
-    reasons: list[str] = []
+    unserved: list[str] = []
+    slower: list[str] = []
+    fast = False
     for weight, geometry in weights:
         w = torch.empty(1, dtype=dtype).expand(weight.shape)
         x = torch.empty(1, dtype=dtype).expand(1, w.shape[1] * geometry[3], 16, 16)
-        found = cpu_conv.why_not(x, w, geometry)
-        if not found and not cpu_conv.wins("fprop", x, w, geometry):
-            found = [f"{tuple(w.shape)} {str(dtype)[6:]}: oneDNN's convolution is the faster one"]
-        reasons += [reason for reason in found if reason not in reasons]
-    return reasons
+        unserved += cpu_conv.why_not(x, w, geometry)
+        if not cpu_conv.wins("fprop", x, w, geometry):
+            slower.append(f"{tuple(w.shape)} {str(dtype)[6:]}: oneDNN's convolution is the faster one")
+        fast = fast or (bool(node.convs()) and cpu_winograd.wins(x, w, geometry) and precision != "exact")
+    return list(dict.fromkeys(unserved or ([] if fast else slower)))
 
 
 _PLAIN = ((1, 1), (1, 1), (1, 1), 1)
