@@ -242,3 +242,43 @@ def _residual_block():
     from torchvision.models.resnet import BasicBlock
 
     return [BasicBlock(64, 64)]
+
+
+# C = K, groups, H, W, kernel, stride: groups of a panel and panels of a group.
+GROUPED = [
+    (128, 32, 9, 8, 3, 1),
+    (64, 8, 7, 7, 3, 2),
+    (96, 6, 5, 6, 3, 1),
+    (64, 2, 6, 7, 1, 1),
+    (256, 4, 7, 5, 3, 1),
+    (64, 64, 6, 6, 3, 1),
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_groups(restore_isa, isa):
+    cpu.set_isa(isa)
+    for C, groups, H, W, size, stride in GROUPED:
+        g = ((stride, stride), (size // 2, size // 2), (1, 1), groups)
+        for values, dtypes in ((integers, (torch.float32,)), (normal, DTYPES)):
+            for dtype in dtypes:
+                x = values(dtype)(2, C, H, W).to(memory_format=CL)
+                w = values(dtype)(C, C // groups, size, size)
+                expected = torch.nn.functional.conv2d(x.double(), w.double(), None, *g)
+                got = cpu_conv.fprop(x, w, g, packed=cpu_conv.pack(w, groups))
+                limit = 4 * (w[0].numel()) ** 0.5 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps / 2
+                limit = 0 if values is integers else limit * expected.abs().max()
+                assert (got.double() - expected).abs().max() <= limit, (C, groups, size, dtype)
+
+
+def test_groups_that_are_not_served_say_so():
+    x, w = torch.empty(1, 60, 8, 8), torch.empty(60, 10, 3, 3)
+    g = ((1, 1), (1, 1), (1, 1), 6)
+    assert "6 groups of 10 channels" in cpu_conv.why_not(x, w, g, grouped=True)[0]
+    with pytest.raises(ValueError, match="6 groups"):
+        cpu_conv.pack(w, 6)
+    w = torch.empty(64, 8, 3, 3)
+    assert cpu_conv.why_not(torch.empty(1, 64, 8, 8), w, (*g[:3], 8), grouped=True) == []
+    assert "8 groups of 8 channels" in cpu_conv.why_not(torch.empty(1, 64, 8, 8), w, (*g[:3], 8))[0]
+    with pytest.raises(ValueError, match="8 groups, expected .* of one group"):
+        cpu_conv.fprop(torch.empty(1, 64, 8, 8).contiguous(memory_format=CL), w, (*g[:3], 8))

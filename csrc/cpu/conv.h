@@ -4,10 +4,11 @@
 
 namespace FASTRES_BACKEND {
 
-// Geometry of a 2-D convolution without groups: x [N, H, W, C], dy [N, P, Q, K], weight [K, R, S, C], all dense NHWC.
+// Geometry of a 2-D convolution: x [N, H, W, C], dy [N, P, Q, K], weight [K, R, S, C / groups], all dense NHWC.
+// Groups, where they are served (conv_fprop with packed weights): see conv_groups.
 struct ConvShape {
     i64 N, H, W, C, K, P, Q, R, S;
-    i64 stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+    i64 stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
 };
 
 // Sums are float32 whatever the dtype (0..2) of the activations; every element is one sum in a fixed order: the same
@@ -21,6 +22,9 @@ void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w
                 void* y, i64 ctx);
 // Weights laid out once for conv_fprop, in a layout of the instruction set's own. Of the shape K, C, R and S are read.
 i64 conv_packed_floats(const ConvShape& shape);
+// Whether conv_fprop serves so many groups of C channels into K: groups of a panel, or panels of a group, come out
+// even.
+i64 conv_groups(i64 C, i64 K, i64 groups);
 void conv_pack(int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed, i64 ctx);
 
 // conv_fprop by Winograd's F(out x out, 3x3), out 2 or 4: 3x3 taps of stride 1 and dilation 1. packed: what

@@ -12,6 +12,7 @@ constexpr i64 kGroup = 8;  // panels that a tile of pixels passes over in a row
 
 struct Layout {
     i64 blocks, panels, panel_floats;
+    i64 inputs, in_blocks;  // channels that a panel reads, and their blocks
     int last_width;
     i64 row0, col0;           // the least tap offsets
     i64 rows_of_taps, plane;  // rows a point reaches over; columns of one residue modulo step_w
@@ -22,8 +23,11 @@ Layout weights_layout(const Direct& p) {
     Layout l{};
     l.blocks = ceil_div(p.C, kBlock);
     l.panels = ceil_div(p.K, kPanel);
-    l.last_width = int(ceil_div(p.C - (l.blocks - 1) * kBlock, kStep) * kStep);
-    l.panel_floats = ((l.blocks - 1) * kBlock + l.last_width) * p.n_taps * kPanel;
+    // Narrow groups are filled up with zeros to a square as wide as a panel.
+    l.inputs = p.groups > 1 ? max_of(kPanel, p.C / p.groups) : p.C;
+    l.in_blocks = ceil_div(l.inputs, kBlock);
+    l.last_width = int(ceil_div(l.inputs - (l.in_blocks - 1) * kBlock, kStep) * kStep);
+    l.panel_floats = ((l.in_blocks - 1) * kBlock + l.last_width) * p.n_taps * kPanel;
     return l;
 }
 
@@ -88,6 +92,27 @@ void pack_weights(const Direct& p, const Layout& l, float* to, i64 threads) {
                         for (i64 c = 0; c < channels; ++c)
                             widen(in + k * p.w_out + c * p.w_in, 1, out + c * kPanel + k);
                 }
+            }
+        }
+    });
+}
+
+// The same for groups: outputs see the channels of their own group.
+template <class T>
+void pack_groups(const Direct& p, const Layout& l, float* to, i64 threads) {
+    const i64 width = p.C / p.groups;
+    parallel(threads, l.panels, [&](i64 first, i64 last, int) {
+        for (i64 panel = first; panel < last; ++panel) {
+            float* out = to + panel * l.panel_floats;
+            __builtin_memset(out, 0, l.panel_floats * sizeof(float));
+            for (i64 i = 0; i < kPanel; ++i) {
+                const i64 k = panel * kPanel + i, c0 = k / width * width % l.inputs;
+                for (i64 t = 0; t < p.n_taps; ++t)
+                    for (i64 c = 0; c < width; ++c) {
+                        const i64 b = (c0 + c) / kBlock, at = (c0 + c) % kBlock;
+                        const T* from = static_cast<const T*>(p.w) + p.w_tap[t] + k * p.w_out + c * p.w_in;
+                        widen(from, 1, out + ((b * p.n_taps + t) * kBlock + at) * kPanel + i);
+                    }
             }
         }
     });
@@ -204,7 +229,7 @@ class Worker {
     }
 
     void compute(i64 n_rows, i64 panel0, i64 panel1) {
-        const TileInput in{taps_, p_.n_taps, l_.blocks, block_, l_.last_width};
+        const TileInput in{taps_, p_.n_taps, l_.in_blocks, block_, l_.last_width};
         const i64 fit = max_of(1, l2_bytes() / 3 / (l_.panel_floats * i64(sizeof(float)))), step = min_of(kGroup, fit);
         const i64 tiles = ceil_div(panel1 - panel0, step) * n_rows * ceil_div(p_.J, kPixels);
         chunk_ = next_ ? ceil_div(end_ - next_, 64 * max_of(1, tiles)) : 0;
@@ -227,7 +252,6 @@ class Worker {
 
     void group(const TileInput& in, const Row& r, const Row* second, i64 j0, i64 j1, i64 g0, i64 g1) {
         const i64 m = j1 - j0;
-        const float *a0 = r.in + j0 * kBlock, *a1 = second ? second->in : a0;
         for (i64 i = 0; i < chunk_ && next_ < end_; ++i, next_ += 64) __builtin_prefetch(next_, 0, 2);
         const i64 y0 = r.out + j0 * p_.y_j, y1 = second ? second->out : 0;
         for (i64 g = g0; g < g1; ++g) {
@@ -236,6 +260,8 @@ class Worker {
             if (second)
                 for (i64 i = 0; i < m; ++i) own(y1 + i * p_.y_j + g * kPanel);
             const float* w = w_ + g * l_.panel_floats;
+            const i64 block = p_.groups > 1 ? g * kPanel / l_.inputs * l_.in_blocks * block_ : 0;
+            const float *a0 = r.in + j0 * kBlock + block, *a1 = second ? second->in + block : a0;
             const i64 k = g * kPanel;
             if (k + kPanel <= p_.K) {
                 T* const y = static_cast<T*>(p_.y) + k;
@@ -334,7 +360,7 @@ void run(const Direct& p, i64 threads) {
         const i64 rows = threads / parts;
         const double work = double(ceil_div(l.panels, parts)) * double(ceil_div(all_rows, rows));
         const double cost =
-            work * p.J * kPanel * p.n_taps * p.C + 32.0 * (double(x_bytes) * parts + double(w_bytes) * rows);
+            work * p.J * kPanel * p.n_taps * l.inputs + 32.0 * (double(x_bytes) * parts + double(w_bytes) * rows);
         if (least < 0 || cost < least) least = cost, row_parts = rows, panel_parts = parts;
     }
 
@@ -375,7 +401,9 @@ i64 packed_floats(const Direct& p) {
 
 void pack_direct(int dtype, const Direct& p, float* packed, i64 threads) {
     const Layout l = weights_layout(p);
-    with_narrow(dtype, [&](auto type) { pack_weights<decltype(type)>(p, l, packed, threads); });
+    with_narrow(dtype, [&](auto type) {
+        (p.groups > 1 ? pack_groups<decltype(type)> : pack_weights<decltype(type)>)(p, l, packed, threads);
+    });
 }
 
 void direct(int dtype, const Direct& p, i64 threads) {

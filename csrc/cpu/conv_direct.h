@@ -12,6 +12,7 @@ constexpr int kMaxTaps = 121;
 
 struct Direct {
     i64 N, H, W, C, I, J, K;
+    i64 groups;  // 0 or 1: none; more, with packed weights: conv_groups holds
     i64 step_h, step_w;
     int n_taps;
     i64 dr[kMaxTaps], dc[kMaxTaps];

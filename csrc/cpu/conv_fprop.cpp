@@ -8,7 +8,8 @@
 namespace FASTRES_BACKEND {
 namespace {
 
-void check_taps(const ConvShape& g) {
+void check(const ConvShape& g) {
+    if (g.groups > 1 && !conv_groups(g.C, g.K, g.groups)) throw std::invalid_argument("conv: unserved groups");
     if (g.R * g.S > kMaxTaps) throw std::invalid_argument("conv: R * S must be at most 121");
 }
 
@@ -25,26 +26,32 @@ i64 floor_mod(i64 a, i64 b) { return (a % b + b) % b; }
 }  // namespace
 
 i64 conv_packed_floats(const ConvShape& g) {
-    check_taps(g);
+    check(g);
     Direct p{};
-    p.C = g.C, p.K = g.K, p.n_taps = int(g.R * g.S);
+    p.C = g.C, p.K = g.K, p.groups = g.groups, p.n_taps = int(g.R * g.S);
     return packed_floats(p);
 }
 
+i64 conv_groups(i64 C, i64 K, i64 groups) {
+    if (groups == 1) return 1;
+    const i64 width = C / groups;
+    return C == K && C % kPanel == 0 && (kPanel % width == 0 || width % kPanel == 0);
+}
+
 void conv_pack(int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, float* packed, i64 ctx) {
-    check_taps(g);
+    check(g);
     Direct p{};
-    p.C = g.C, p.K = g.K, p.w = w, p.w_out = w_k, p.w_in = w_c;
+    p.C = g.C, p.K = g.K, p.groups = g.groups, p.w = w, p.w_out = w_k, p.w_in = w_c;
     for (; p.n_taps < g.R * g.S; ++p.n_taps) p.w_tap[p.n_taps] = p.n_taps * w_tap;
     pack_direct(dtype, p, packed, max_of(1, ctx));
 }
 
 void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w_tap, const float* packed,
                 const ConvShape& g, const float* bias, const void* residual, int relu, void* y, i64 ctx) {
-    check_taps(g);
+    check(g);
     Direct p{};
     p.N = g.N, p.H = g.H, p.W = g.W, p.C = g.C, p.I = g.P, p.J = g.Q, p.K = g.K;
-    p.step_h = g.stride_h, p.step_w = g.stride_w;
+    p.groups = g.groups, p.step_h = g.stride_h, p.step_w = g.stride_w;
     for (i64 r = 0; r < g.R; ++r)
         for (i64 s = 0; s < g.S; ++s, ++p.n_taps) {
             p.dr[p.n_taps] = r * g.dilation_h - g.pad_h;
@@ -63,7 +70,7 @@ void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w
 // taps with r*dilation = a + pad modulo the stride, and i = m + (a + pad - r*dilation) / stride.
 void conv_dgrad(int dtype, const void* dy, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, void* dx,
                 i64 ctx) {
-    check_taps(g);
+    check(g);
     const i64 item = dtype == kF32 ? 4 : 2;
     for (i64 a = 0; a < min_of(g.stride_h, g.H); ++a)
         for (i64 b = 0; b < min_of(g.stride_w, g.W); ++b) {

@@ -188,6 +188,7 @@ FORWARD(stem_pack, (const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape
         w_tap, shape, packed)
 FORWARD(global_mean, (int dtype, const void* x, i64 N, i64 M, i64 C, void* y, i64 ctx), dtype, x, N, M, C, y, ctx)
 FORWARD_SIZE(conv_packed_floats, (const ConvShape& shape), shape)
+FORWARD_SIZE(conv_groups, (i64 C, i64 K, i64 groups), C, K, groups)
 FORWARD_SIZE(winograd_packed_floats, (const ConvShape& shape, i64 out), shape, out)
 FORWARD_SIZE(stem_packed_floats, (const ConvShape& shape), shape)
 

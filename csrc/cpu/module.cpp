@@ -18,8 +18,8 @@ T* pointer(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-ConvShape shape_of(const std::array<i64, 15>& s) {
-    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13], s[14]};
+ConvShape shape_of(const std::array<i64, 16>& s) {
+    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13], s[14], s[15]};
 }
 
 // Addresses that a program keeps belong to its user, who must keep the tensors alive.
@@ -37,7 +37,7 @@ void program(pybind11::module_& m) {
         .def(pybind11::init<int, i64>(), pybind11::arg("dtype"), pybind11::arg("arena_bytes"))
         .def(
             "add",
-            [](Program& self, Op op, i64 src, i64 residual, i64 dst, const std::array<i64, 15>& sizes,
+            [](Program& self, Op op, i64 src, i64 residual, i64 dst, const std::array<i64, 16>& sizes,
                const std::array<i64, 5>& pool, i64 out, Address packed, Address bias, bool relu) {
                 self.add({op,
                           src,
@@ -83,7 +83,7 @@ void extras(pybind11::module_& m) {
           "Addresses of GOMP_parallel, omp_get_thread_num, omp_get_num_threads, or 0, 0, 0.");
     // `sizes` are the fields of ConvShape, addresses as everywhere.
     using Address = std::uintptr_t;
-    using Sizes = std::array<i64, 15>;
+    using Sizes = std::array<i64, 16>;
     const auto released = pybind11::call_guard<pybind11::gil_scoped_release>();
     m.def(
         "conv_fprop",
@@ -93,6 +93,7 @@ void extras(pybind11::module_& m) {
                        shape_of(sizes), pointer<float>(bias), pointer<void>(residual), relu, pointer<void>(y), ctx);
         },
         released, "See csrc/cpu/conv.h.");
+    m.def("conv_groups", [](i64 C, i64 K, i64 groups) { return conv_groups(C, K, groups) != 0; });
     m.def("conv_packed_floats", [](const Sizes& sizes) { return conv_packed_floats(shape_of(sizes)); });
     m.def(
         "conv_pack",

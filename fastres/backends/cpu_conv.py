@@ -29,8 +29,13 @@ MARGIN = 1.1
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def why_not(x: Tensor, w: Tensor, geometry: Geometry) -> list[str]:
-    """Reasons why the kernels cannot serve the convolution of x and w, [] if they can."""
+def _module_groups(w: Tensor, groups: int) -> bool:
+    return cpu._require().conv_groups(w.shape[1] * groups, w.shape[0], groups)
+
+
+def why_not(x: Tensor, w: Tensor, geometry: Geometry, grouped: bool = False) -> list[str]:
+    """Reasons why the kernels cannot serve the convolution of x and w, [] if they can. ``grouped``: groups will do,
+    which only :func:`fprop` with packed weights knows."""
     reasons = []
     if cpu._module is None:
         return [cpu._missing]
@@ -38,8 +43,8 @@ def why_not(x: Tensor, w: Tensor, geometry: Geometry) -> list[str]:
         reasons.append(f"tensors are on {x.device}, the cpu backend serves CPU tensors")
     if x.dtype not in _DTYPES or w.dtype != x.dtype:
         reasons.append(f"dtypes {x.dtype} and {w.dtype} are not float32, bfloat16 or float16 for both")
-    if geometry[3] != 1:
-        reasons.append(f"{geometry[3]} groups, the kernels know one")
+    if geometry[3] != 1 and not (grouped and _module_groups(w, geometry[3])):
+        reasons.append(f"{geometry[3]} groups of {w.shape[1]} channels are not served")
     if w.shape[2] * w.shape[3] > MAX_TAPS:
         reasons.append(f"{w.shape[2]} x {w.shape[3]} taps, the kernels have room for {MAX_TAPS}")
     if 0 in x.shape or 0 in w.shape:
@@ -106,7 +111,7 @@ def _plain(x: Tensor, w: Tensor, g: Geometry) -> Tensor:
 
 
 def sizes(p: ConvProblem) -> tuple[int, ...]:
-    return p.N, p.H, p.W, p.C, p.K, p.P, p.Q, p.R, p.S, *p.stride, *p.padding, *p.dilation
+    return p.N, p.H, p.W, p.C, p.K, p.P, p.Q, p.R, p.S, *p.stride, *p.padding, *p.dilation, p.groups
 
 
 def even_taps(w: Tensor) -> bool:
@@ -138,12 +143,14 @@ def check_bias(bias: Tensor | None, K: int) -> None:
         raise ValueError(f"fprop: bias: got {bias.dtype} {tuple(bias.shape)}, expected dense float32 ({K},)")
 
 
-def _problem(function: str, x_shape, w: Tensor, g: Geometry, dtype: torch.dtype) -> ConvProblem:
+def _problem(function: str, x_shape, w: Tensor, g: Geometry, dtype: torch.dtype, packed: bool = False) -> ConvProblem:
     if dtype not in _DTYPES or w.dtype != dtype:
         raise TypeError(f"{function}: w: got {w.dtype} for {dtype}, expected float32, bfloat16 or float16 for both")
     p = problem_of(x_shape, w.shape, g)
-    if g[3] != 1 or w.shape[1] != p.C:
-        raise ValueError(f"{function}: w: got shape {tuple(w.shape)} with {g[3]} groups, expected [K, {p.C}, R, S]")
+    served = g[3] == 1 or packed and w.shape[0] % g[3] == 0 and _module_groups(w, g[3])
+    if not served or w.shape[1] * g[3] != p.C:
+        expected = f"[K, {p.C}, R, S] of one group" + (", or groups that come out even with 32 channels" * packed)
+        raise ValueError(f"{function}: w: got shape {tuple(w.shape)} with {g[3]} groups, expected {expected}")
     if p.R * p.S > MAX_TAPS:
         raise ValueError(f"{function}: w: got {p.R} x {p.S} taps, expected at most {MAX_TAPS}")
     if min(p.P, p.Q) < 1:
@@ -159,7 +166,7 @@ def fprop(x: Tensor, w: Tensor, g: Geometry, bias: Tensor | None = None, residua
     y, if given, is filled and returned. packed: what :func:`pack` made of w under the
     instruction set in use. Raises TypeError / ValueError naming the argument.
     """
-    p = _problem("fprop", x.shape, w, g, x.dtype)
+    p = _problem("fprop", x.shape, w, g, x.dtype, packed is not None)
     shape = (p.N, p.K, p.P, p.Q)
     y = cpu.empty(shape, x.dtype) if y is None else y
     check("fprop", p, x.dtype, x=(x, tuple(x.shape)), residual=(residual, shape), y=(y, shape))
@@ -175,11 +182,11 @@ def fprop(x: Tensor, w: Tensor, g: Geometry, bias: Tensor | None = None, residua
     return y
 
 
-def pack(w: Tensor) -> Tensor:
-    """The weight ``[K, C, R, S]`` as :func:`fprop` reads it, for the instruction set in use: dense float32."""
-    _problem("pack", (1, w.shape[1], *w.shape[2:]), w, ((1, 1), (0, 0), (1, 1), 1), w.dtype)
-    K, C, R, S = w.shape
-    fields = (1, R, S, C, K, 1, 1, R, S, 1, 1, 0, 0, 1, 1)
+def pack(w: Tensor, groups: int = 1) -> Tensor:
+    """The weight ``[K, C / groups, R, S]`` as :func:`fprop` reads it, for the instruction set in use: dense float32."""
+    K, C, R, S = w.shape[0], w.shape[1] * groups, *w.shape[2:]
+    _problem("pack", (1, C, R, S), w, ((1, 1), (0, 0), (1, 1), groups), w.dtype, packed=True)
+    fields = (1, R, S, C, K, 1, 1, R, S, 1, 1, 0, 0, 1, 1, groups)
     packed = torch.empty(cpu._require().conv_packed_floats(fields))
     cpu._require().conv_pack(
         DTYPE_CODE[w.dtype], *weight_address(w), fields, packed.data_ptr(), torch.get_num_threads()
@@ -193,7 +200,7 @@ def pack_stem(w: Tensor) -> Tensor:
     K, C, R, S = w.shape
     if w.dtype != torch.float32 or C != 3 or R > STEM_ROWS:
         raise ValueError(f"pack_stem: w: got {w.dtype} {tuple(w.shape)}, expected float32 [K, 3, <= {STEM_ROWS}, S]")
-    fields = (1, R, S, C, K, 1, 1, R, S, 1, 2, 0, 0, 1, 1)
+    fields = (1, R, S, C, K, 1, 1, R, S, 1, 2, 0, 0, 1, 1, 1)
     packed = torch.empty(cpu._require().stem_packed_floats(fields))
     cpu._require().stem_pack(*weight_address(w), fields, packed.data_ptr())
     return packed

@@ -38,7 +38,7 @@ def wins(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
 
 
 def _sizes(N: int, H: int, W: int, C: int, K: int, padding: tuple[int, int]) -> tuple[int, ...]:
-    return N, H, W, C, K, H + 2 * padding[0] - 2, W + 2 * padding[1] - 2, 3, 3, 1, 1, *padding, 1, 1
+    return N, H, W, C, K, H + 2 * padding[0] - 2, W + 2 * padding[1] - 2, 3, 3, 1, 1, *padding, 1, 1, 1
 
 
 def pack(w: Tensor, out: int) -> Tensor:

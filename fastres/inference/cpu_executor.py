@@ -38,8 +38,9 @@ def why_not(node: Node, device: torch.device, dtype: torch.dtype, precision: str
     for weight, geometry in weights:
         w = torch.empty(1, dtype=dtype).expand(weight.shape)
         x = torch.empty(1, dtype=dtype).expand(1, w.shape[1] * geometry[3], 16, 16)
-        unserved += cpu_conv.why_not(x, w, geometry)
-        if not cpu_conv.wins("fprop", x, w, geometry):
+        unserved += cpu_conv.why_not(x, w, geometry, grouped=True)
+        dense = torch.empty(1, dtype=dtype).expand(w.shape[0], x.shape[1], *w.shape[2:])
+        if not cpu_conv.wins("fprop", x, dense, (*geometry[:3], 1)):
             slower.append(f"{tuple(w.shape)} {str(dtype)[6:]}: oneDNN's convolution is the faster one")
         fast = fast or (bool(node.convs()) and cpu_winograd.wins(x, w, geometry) and precision != "exact")
     return list(dict.fromkeys(unserved or ([] if fast else slower)))

@@ -92,7 +92,7 @@ class Builder:
         else:
             assert isinstance(node, GlobalAvgPool)
             N, C, H, W = self.shape
-            fields = (N, H, W, C, C, 1, 1, H, W, 1, 1, 0, 0, 1, 1)
+            fields = (N, H, W, C, C, 1, 1, H, W, 1, 1, 0, 0, 1, 1, 1)
             self._step(self.module.Op.mean, self.module.PLACE_NONE, target, fields, (0,) * 5, 0, (0, 0), False)
         self._move(target, out)
         return ()

@@ -52,7 +52,9 @@ class Packed:
                 if kind == "stem":
                     found = cpu_conv.pack_stem(self.weight)
                 else:
-                    found = cpu_winograd.pack(self.weight, kind) if kind else cpu_conv.pack(self.weight)
+                    found = (
+                        cpu_winograd.pack(self.weight, kind) if kind else cpu_conv.pack(self.weight, self.conv.groups)
+                    )
             self._held[isa, kind] = found
         return found
 
@@ -77,7 +79,7 @@ class Packed:
     def kinds(self, dtype: torch.dtype, precision: str) -> tuple[int, ...]:
         """The kernels that can serve."""
         w = torch.empty(1, dtype=dtype).expand(self.weight.shape)
-        x = torch.empty(1, dtype=dtype).expand(1, w.shape[1], 16, 16)
+        x = torch.empty(1, dtype=dtype).expand(1, self.conv.inputs, 16, 16)
         fast = precision != "exact" and not cpu_winograd.why_not(x, w, self.conv.geometry)
         return (DIRECT, *cpu_winograd.OUTS) if fast else (DIRECT,)
 
