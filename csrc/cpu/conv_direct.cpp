@@ -12,7 +12,8 @@ constexpr i64 kGroup = 8;  // panels that a tile of pixels passes over in a row
 
 struct Layout {
     i64 blocks, panels, panel_floats;
-    i64 inputs, in_blocks;  // channels that a panel reads, and their blocks
+    i64 inputs, in_blocks;  // channels that a panel reads, or half of it if split, and their blocks
+    bool split;
     int last_width;
     i64 row0, col0;           // the least tap offsets
     i64 rows_of_taps, plane;  // rows a point reaches over; columns of one residue modulo step_w
@@ -23,8 +24,9 @@ Layout weights_layout(const Direct& p) {
     Layout l{};
     l.blocks = ceil_div(p.C, kBlock);
     l.panels = ceil_div(p.K, kPanel);
-    // Narrow groups are filled up with zeros to a square as wide as a panel.
-    l.inputs = p.groups > 1 ? max_of(kPanel, p.C / p.groups) : p.C;
+    // Narrow groups are filled up with zeros to a square as wide as a vector.
+    l.split = p.groups > 1 && p.C / p.groups <= L;
+    l.inputs = l.split ? L : p.C / max_of(1, p.groups);
     l.in_blocks = ceil_div(l.inputs, kBlock);
     l.last_width = int(ceil_div(l.inputs - (l.in_blocks - 1) * kBlock, kStep) * kStep);
     l.panel_floats = ((l.in_blocks - 1) * kBlock + l.last_width) * p.n_taps * kPanel;
@@ -109,9 +111,9 @@ void pack_groups(const Direct& p, const Layout& l, float* to, i64 threads) {
                 const i64 k = panel * kPanel + i, c0 = k / width * width % l.inputs;
                 for (i64 t = 0; t < p.n_taps; ++t)
                     for (i64 c = 0; c < width; ++c) {
-                        const i64 b = (c0 + c) / kBlock, at = (c0 + c) % kBlock;
+                        const i64 b = (c0 + c) / kBlock, at = (c0 + c) % kBlock, block = min_of(kBlock, l.inputs);
                         const T* from = static_cast<const T*>(p.w) + p.w_tap[t] + k * p.w_out + c * p.w_in;
-                        widen(from, 1, out + ((b * p.n_taps + t) * kBlock + at) * kPanel + i);
+                        widen(from, 1, out + ((b * p.n_taps + t) * block + at) * kPanel + i);
                     }
             }
         }
@@ -229,7 +231,7 @@ class Worker {
     }
 
     void compute(i64 n_rows, i64 panel0, i64 panel1) {
-        const TileInput in{taps_, p_.n_taps, l_.in_blocks, block_, l_.last_width};
+        const TileInput in{taps_, p_.n_taps, l_.in_blocks, block_, l_.last_width, L < kBlock ? L : block_};
         const i64 fit = max_of(1, l2_bytes() / 3 / (l_.panel_floats * i64(sizeof(float)))), step = min_of(kGroup, fit);
         const i64 tiles = ceil_div(panel1 - panel0, step) * n_rows * ceil_div(p_.J, kPixels);
         chunk_ = next_ ? ceil_div(end_ - next_, 64 * max_of(1, tiles)) : 0;
@@ -260,10 +262,11 @@ class Worker {
             if (second)
                 for (i64 i = 0; i < m; ++i) own(y1 + i * p_.y_j + g * kPanel);
             const float* w = w_ + g * l_.panel_floats;
-            const i64 block = p_.groups > 1 ? g * kPanel / l_.inputs * l_.in_blocks * block_ : 0;
+            const i64 reads = l_.split ? g * kPanel : g * kPanel / l_.inputs * l_.inputs;  // the panel's first channel
+            const i64 block = p_.groups > 1 ? reads / kBlock * block_ : 0;
             const float *a0 = r.in + j0 * kBlock + block, *a1 = second ? second->in + block : a0;
             const i64 k = g * kPanel;
-            if (k + kPanel <= p_.K) {
+            if (k + kPanel <= p_.K && !l_.split) {
                 T* const y = static_cast<T*>(p_.y) + k;
                 const T* const res = p_.residual ? static_cast<const T*>(p_.residual) + k : nullptr;
                 const TileOutput<T> out{y + y0,
@@ -277,6 +280,14 @@ class Worker {
                 continue;
             }
             alignas(64) float sums[kSums];
+            if (l_.split) {
+                AllTiles::split(m)(in, a0, a0, w, sums, kPanel);
+                write(sums, y0, m, k);
+                if (!second) continue;
+                AllTiles::split(m)(in, a1, a1, w, sums, kPanel);
+                write(sums, y1, m, k);
+                continue;
+            }
             (second ? AllTiles::two(m) : AllTiles::one(m))(in, a0, a1, w, sums, kPanel);
             write(sums, y0, m, k);
             if (second) write(sums + m * kPanel, y1, m, k);
@@ -289,7 +300,7 @@ class Worker {
         if (kPanel * sizeof(T) > 64) __builtin_prefetch(y + 64, 1, 3);
     }
 
-    // The last panel, of fewer channels.
+    // The last panel, of fewer channels, and split ones.
     void write(const float* sums, i64 out, i64 m, i64 k0) {
         T* y = static_cast<T*>(p_.y) + out;
         const T* r = p_.residual ? static_cast<const T*>(p_.residual) + out : nullptr;
