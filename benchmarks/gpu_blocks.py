@@ -12,7 +12,7 @@ import timing
 import torch
 from torch.nn import functional as F
 
-from fastres import dispatch, whole_block
+from fastres import block_trials, dispatch, whole_block
 from fastres.backends import fragments
 from fastres.backends.block_kernels import BottleneckShape
 
@@ -53,7 +53,7 @@ def right(emit, kernels, device, shapes) -> bool:
 
 def contestants(kernels, shape: BottleneckShape, device, dtype) -> dict[str, Callable[[], torch.Tensor]]:
     """Ways to compute one block on the same data; those of PyTorch only where there is a GPU."""
-    x, w1, w2, w3, projection, bias = whole_block.data(shape, device, dtype, whole=False)
+    x, w1, w2, w3, projection, bias = block_trials.bottleneck_data(shape, device, dtype, whole=False)
     weights = fragments.bottleneck(w1, w2, w3, projection)
     out = torch.empty((shape.N, shape.K, shape.H, shape.W), dtype=dtype, device=device)
     out = out.to(memory_format=torch.channels_last)

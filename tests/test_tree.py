@@ -54,6 +54,7 @@ LAYERS = (
         "fastres.tuning_run",
         "fastres.tuning_trial",
         "fastres.riding",
+        "fastres.block_trials",
         "fastres.whole_block",
     ),  # fmt: skip
     ("fastres.ops",),

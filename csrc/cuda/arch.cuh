@@ -99,6 +99,9 @@ DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
 DEVICE double root(double v) { return __dsqrt_rn(v); }
 
+// The larger of both low and of both high halves, as unsigned numbers.
+DEVICE u32 larger_halves(u32 a, u32 b) { return __vmaxu2(a, b); }
+
 // Two floats rounded to nearest even in one word, `lo` in the low half.
 DEVICE u32 pack_bf16(float lo, float hi) {
     const __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
