@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 
 from fastres.backends.block_kernels import BOTTLENECKS, BottleneckConfig
+from fastres.backends.eval_kernels import BASIC_BLOCKS, STEM, Config
 from fastres.codegen import sass
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -50,8 +51,12 @@ class Row:
     tensor: tuple[int, ...] = ()  # instructions of each of TENSOR
 
     @property
-    def block(self) -> BottleneckConfig | None:
+    def block(self) -> BottleneckConfig | Config | None:
         """The configuration that this kernel was compiled for, None for the kernels that have none."""
+        if self.kernel == "stem_eval":
+            return STEM
+        if self.kernel == "basic_block_eval":
+            return next(c for c in BASIC_BLOCKS if c.channels == int(self.parameters[1]))
         if self.kernel != "bottleneck_eval":
             return None
         mid, projected = (int(p) for p in self.parameters[1:])
@@ -76,7 +81,10 @@ class Row:
             limit, shared = sass.SHARED_LIMIT[int(re.match(r"\d+", self.arch)[0])], self.block.shared + self.shared
             if shared > limit + (1024 if self.shared else 0):
                 found.append(f"{where}: {shared} bytes of shared memory; the limit is {limit}")
-            found += [f"{where}: no {name}" for name, n in zip(TENSOR, self.tensor, strict=True) if not n]
+            # The stem's image lies as words, which are no rows of a matrix.
+            needed = [name for name in TENSOR if (self.kernel, name) != ("stem_eval", "LDSM")]
+            counts = dict(zip(TENSOR, self.tensor, strict=True))
+            found += [f"{where}: no {name}" for name in needed if not counts[name]]
         return found
 
 
@@ -214,7 +222,7 @@ code. No GPU was involved: this page says what was generated, not how fast it is
 
 variant: activation dtype; `Vector` (C a multiple of 8, addresses aligned to 16 bytes) or `Scalar`; where the
 ReLU mask comes from; what joins before the ReLU; of `bottleneck_eval` dtype, channels inside, and whether the
-shortcut is a projection. registers: of one thread (limit {sass.REGISTER_LIMIT}).
+shortcut is a projection; of `basic_block_eval` dtype and channels. registers: of one thread (limit {sass.REGISTER_LIMIT}).
 shared: bytes of one block, from sm_90 on with the 1024 bytes the system keeps of it. load, store: bytes moved by
 the widest instruction of one thread from or to global memory. stack, spills: bytes and local-memory instructions
 of one thread, expected 0. `bn_one_pass_*` take dynamic shared memory beside: all that two blocks of a multiprocessor
