@@ -120,7 +120,7 @@ def _stem(shape: StemShape, device, dtype, whole):
 
 @functools.singledispatch
 def trial(shape, device, dtype: torch.dtype, whole: bool):
-    """The trial of ``shape``: small integers, on which sums of any order are exact, if ``whole``, else normal values."""
+    """The trial of ``shape``: on small integers, where any order of a sum is exact, if ``whole``, else normal."""
     raise TypeError(f"shape: got {type(shape).__name__}, expected that of a bottleneck, a basic block or a stem")
 
 

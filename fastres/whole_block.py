@@ -1,4 +1,4 @@
-"""Evaluation blocks, and stems, as one kernel: whether there is one for a block, whether it is right, and whether it is faster.
+"""Evaluation blocks and stems as one kernel: whether there is one, whether it is right, and whether it is faster.
 
 A forced backend serves what its kernels can. The automatic choice takes a kernel only after it gave the right values on
 this very device and was faster, on inputs of this very size, than the separate convolutions; both are found out at the
@@ -60,7 +60,8 @@ def shape_of(x: Tensor, convs, shortcut) -> BottleneckShape | BasicBlockShape | 
 
 def stem_shape(x: Tensor, conv, kernel: int, stride: int, padding: int) -> StemShape | None:
     """The stem as a kernel would see it, or None where its geometry is not that of a ResNet; pooling as given."""
-    fits = _is(conv, (StemShape.K, 3, 7, 7), 2, 3) and (kernel, stride, padding) == (3, 2, 1) and x.shape[1] == 3
+    fits = _is(conv, (StemShape.K, 3, 7, 7), 2, 3) and (kernel, stride, padding) == (3, 2, 1)
+    fits = fits and x.shape[1] == 3 and max(x.stride()[1:]) < 2**31  # addresses inside an image take 32 bits
     return StemShape(x.shape[0], *x.shape[2:]) if fits else None
 
 

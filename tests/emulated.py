@@ -46,7 +46,7 @@ def build_emulated(source: Path, path: Path, *, csrc: Path = CSRC) -> ctypes.CDL
 
 
 def build_planted(folder: Path, selftest: str, file: str, sound: str, faulty: str) -> ctypes.CDLL:
-    """``csrc/emulator/<selftest>`` with ``sound`` in ``csrc/cuda/<file>`` replaced by ``faulty``; ``file`` "": as it is."""
+    """A selftest of the emulator with ``sound`` in ``csrc/cuda/<file>`` replaced by ``faulty``; no file: as it is."""
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc, ignore=shutil.ignore_patterns("cpu"))
     if file:

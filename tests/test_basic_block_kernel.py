@@ -235,7 +235,7 @@ FAULTS = {
     "overlay": (SOURCE, "    sync_block();  // x has been read\n", "", "race"),
     "none": ("", "", "", ""),
     "next": (SOURCE, "        sync_block();  // what conv1 gave", "        // what conv1 gave", "race"),
-    "wait": (SOURCE, "    copy_async_wait<0>();\n", "", "wrong"),
+    "wait": (SOURCE, "    copy_async_wait<0>();\n", "", "race"),
     "tap": (SOURCE, "(pixel + r * kWidth + t)", "(pixel + r * kWidth + (t + 1) % 3)", "wrong"),
     "halo": (SOURCE, "w = at.w0 - 2 + pixel", "w = at.w0 - 1 + pixel", "wrong"),
     "padding": (SOURCE, "if (pixel.p[e] < 0) packed", "if (pixel.p[e] < -1) packed", "wrong"),

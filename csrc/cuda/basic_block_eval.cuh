@@ -105,25 +105,28 @@ DEVICE void second_conv(const BottleneckShape& s, const T* x, const float* bias,
     if (!active) return;
     x = image_of<32>(s, x, at, kMid, lane);
     out = image_of<32>(s, out, at, kMid, lane);
+    PixelPair pixel[kRowsPerWarp];
 #pragma unroll
-    for (int i = 0; i < kRowsPerWarp; ++i) {
-        const PixelPair pixel = pixels(s, at.h0 + row + i, at.w0, kTile, lane);
+    for (int i = 0; i < kRowsPerWarp; ++i) pixel[i] = pixels(s, at.h0 + row + i, at.w0, kTile, lane);
 #pragma unroll
-        for (int group = 0; group < kMid / 32; ++group) {
-            Word4 residual[2];  // from L2: x itself is gone
-            load_pixels(residual, x, pixel, kMid, 32 * group);
-            float b[kVec];
-            load_bias(b, bias + 32 * group + lane % 4 * kVec);
+    for (int group = 0; group < kMid / 32; ++group) {
+        Word4 residual[kRowsPerWarp][2];  // from L2: in shared memory x is gone
+#pragma unroll
+        for (int i = 0; i < kRowsPerWarp; ++i) load_pixels(residual[i], x, pixel[i], kMid, 32 * group);
+        float b[kVec];
+        load_bias(b, bias + 32 * group + lane % 4 * kVec);
+#pragma unroll
+        for (int i = 0; i < kRowsPerWarp; ++i) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 float v[kVec], r[kVec];
                 row_of<kMid / 8>(v, d[i], 4 * group, e);
-                const Word4& w = residual[e];
+                const Word4& w = residual[i][e];
                 unpack(Pack<T>{{w.w[0], w.w[1], w.w[2], w.w[3]}}, r);
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) v[j] = v[j] + b[j] + r[j];
                 const Word4 packed = relu_pack<T>(v);
-                if (pixel.p[e] >= 0) store16(at_pixel(out, pixel.p[e], kMid, 32 * group), packed);
+                if (pixel[i].p[e] >= 0) store16(at_pixel(out, pixel[i].p[e], kMid, 32 * group), packed);
             }
         }
     }

@@ -1,4 +1,4 @@
-"""Basic blocks and stems of an evaluation in one kernel each: which shapes are served, and the checked launch functions.
+"""Basic blocks and stems of an evaluation in one kernel each: which shapes are served, the checked launch functions.
 
 Mixed into the backends whose module has ``csrc/cuda/basic_block_eval.cuh`` and ``stem_eval.cuh``; the bottleneck's are
 in ``block_kernels.py``.
@@ -69,8 +69,8 @@ class StemShape:
 
 @dataclass(frozen=True)
 class Config:
-    """One compiled variant for so many channels. ``shared``: dynamic bytes of a block, ``static`` beside; ``blocks``: of
-    them on one multiprocessor."""
+    """One compiled variant for so many channels. ``shared``: dynamic bytes of a block, ``static`` beside; ``blocks``:
+    how many of them a multiprocessor holds."""
 
     channels: int
     shared: int
@@ -161,8 +161,8 @@ class Launcher:
     def stem_eval(self, x, weights, bias, out) -> None:
         """``out`` ``[N, 64, P, Q]``, channels_last, of x ``[N, 3, H, W]`` with any strides.
 
-        ``weights``: of ``fragments.stem``. ``bias``: float32 ``[64]``. Everything but x at multiples of 16 bytes. Raises
-        TypeError or ValueError naming the argument before anything is written.
+        ``weights``: of ``fragments.stem``. ``bias``: float32 ``[64]``. Everything but x at multiples of 16 bytes.
+        Raises TypeError or ValueError naming the argument before anything is written.
         """
         fn = "stem_eval"
         a, shape = self._four(fn, self.why_not_stem, lambda s: StemShape(s[0], s[2], s[3]), x, weights, bias, out)

@@ -71,7 +71,7 @@ def times(s: BottleneckShape, name: str) -> Times:
 
 
 def bounds(name: str, memory: int, l2: int, work: int, apart: float) -> Times:
-    """Of a kernel that moves so many bytes through DRAM and L2 and multiplies so much; ``apart``: seconds without it."""
+    """Of a kernel that moves so many bytes through DRAM and L2 and has so much work; ``apart``: seconds without it."""
     chip = calibration.CHIPS[name]
     moved = max(memory / chip.bandwidth, l2 / L2[name])
     computed = work / (chip.rate * MMA_SYNC.get(name, 1.0))

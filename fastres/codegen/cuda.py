@@ -222,7 +222,8 @@ code. No GPU was involved: this page says what was generated, not how fast it is
 
 variant: activation dtype; `Vector` (C a multiple of 8, addresses aligned to 16 bytes) or `Scalar`; where the
 ReLU mask comes from; what joins before the ReLU; of `bottleneck_eval` dtype, channels inside, and whether the
-shortcut is a projection; of `basic_block_eval` dtype and channels. registers: of one thread (limit {sass.REGISTER_LIMIT}).
+shortcut is a projection; of `basic_block_eval` dtype and channels. registers: of one thread (limit
+{sass.REGISTER_LIMIT}).
 shared: bytes of one block, from sm_90 on with the 1024 bytes the system keeps of it. load, store: bytes moved by
 the widest instruction of one thread from or to global memory. stack, spills: bytes and local-memory instructions
 of one thread, expected 0. `bn_one_pass_*` take dynamic shared memory beside: all that two blocks of a multiprocessor
