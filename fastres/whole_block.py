@@ -26,6 +26,16 @@ from fastres.backends.reference import acc_dtype
 #: What a kernel is asked for.
 Shape = BottleneckShape | BasicBlockShape | StemShape
 
+#: What `fastres doctor` asks about: the stem and blocks of stride 1 in the first two stages of ResNet-18 and 50.
+TYPICAL = (
+    StemShape(8, 224, 224),
+    BasicBlockShape(8, 56, 56, 64),
+    BasicBlockShape(8, 28, 28, 128),
+    BottleneckShape(8, 56, 56, 64, 64, 256, True),
+    BottleneckShape(8, 56, 56, 256, 64, 256, False),
+    BottleneckShape(8, 28, 28, 512, 128, 512, False),
+)
+
 #: (device index, dtype, shape) -> why the separate convolutions serve, or "" where the kernel does.
 _verdicts: dict[tuple, str] = {}
 _lock = threading.Lock()

@@ -8,7 +8,10 @@ import re
 import subprocess
 
 import pytest
+import torch
 
+from fastres.backends.eval_kernels import BasicBlockShape, why_not_basic_block
+from fastres.backends.one_pass import Chip
 from fastres.codegen import cuda, sass
 
 ROW = cuda.Row("90a", "k.cu", "k", ("float32", "Vector"), 64, 1024, 16, 16, 0, 0)
@@ -97,6 +100,15 @@ def test_problems_of_whole_blocks(change, words):
     row = cuda.Row("89", "b.cu", "bottleneck_eval", ("float16", "64", "1"), 128, 0, 16, 16, 0, 0, (64, 8, 8))
     problems = dataclasses.replace(row, **change).problems
     assert len(problems) == (words != "") and words in "".join(problems)
+
+
+def test_refused_where_it_does_not_fit():
+    """One variant needs more shared memory than sm_89 has, and is refused there."""
+    row = cuda.Row("89", "b.cu", "basic_block_eval", ("float16", "128"), 214, 0, 16, 16, 0, 0, (64, 8, 8))
+    assert row.problems == []
+    (arch, _, channels), chip = next(iter(cuda.REFUSED)), Chip("L4", 58, sass.SHARED_LIMIT[89], 100 * 1024)
+    assert arch == "89" and why_not_basic_block(BasicBlockShape(1, 14, 14, int(channels)), torch.float16, chip)
+    assert "112704 bytes" not in "".join(dataclasses.replace(row, arch="80").problems)
 
 
 def test_problems_of_a_stem():

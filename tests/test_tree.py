@@ -66,7 +66,7 @@ LAYERS = (
     ("fastres.doctor",),
     ("fastres.bench",),
     ("fastres.figures",),
-    ("fastres.cli", "fastres.cli_infer", "fastres.cli_tune"),
+    ("fastres.cli", "fastres.cli_doctor", "fastres.cli_infer", "fastres.cli_tune"),
     ("fastres.__main__",),
 )
 
