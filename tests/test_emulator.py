@@ -310,4 +310,4 @@ def test_a_sanitizer_sees_a_read_beyond_a_buffer(emulator):
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode != 0 and "survived" not in done.stdout
-    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr and "copy_async16" in done.stderr
+    assert "ERROR: AddressSanitizer: heap-" in done.stderr and "stem_eval" in done.stderr
