@@ -99,7 +99,8 @@ sanitize: $(DEPS)
 	FASTRES_CPU=0 FASTRES_CUDA=0 FASTRES_EMULATOR=1 FASTRES_SANITIZE=1 \
 	    $(RUN) setup.py -q build --build-lib $(SANITIZED) --build-temp $(SANITIZED)-objects
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 \
-	    $(RUN) -P -m pytest -p no:cacheprovider $(EMULATED_TESTS) $(ARGS)
+	    $(RUN) -P -m pytest -p no:cacheprovider $(EMULATED_TESTS) $(ARGS) \
+	    --deselect tests/test_batch_norm_one_pass.py::test_static_shared_memory_is_what_nvcc_counts  # reads docs/
 
 bench: $(BUILT)
 	$(RUN) -m pytest benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' --benchmark-only \
