@@ -5,6 +5,7 @@ Environment
     FASTRES_CUDA=auto|0|1      CUDA kernels. auto: built if nvcc is found. 1: must be built. Never asks for a GPU.
     FASTRES_CUDA_ARCHS         e.g. "80;90a", or "native" for the GPU of this machine. Default: 80;89;90a;100 + PTX.
     FASTRES_EMULATOR=1         also the CUDA sources compiled as C++ (fastres._emulator), for tests without a GPU.
+    FASTRES_SANITIZE=1         the emulator with AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`).
     FASTRES_TEST_ISAS=1        also the 16-wide CPU code compiled for AVX2 ("avx512_sim"), for tests without AVX-512.
     CXX, CUDACXX, CMAKE_BUILD_PARALLEL_LEVEL as everywhere.
 """
@@ -40,6 +41,7 @@ CPU = setting("FASTRES_CPU", "auto", ("auto", "0", "1"))
 CUDA = setting("FASTRES_CUDA", "auto", ("auto", "0", "1"))
 EMULATOR = setting("FASTRES_EMULATOR", "0", ("0", "1"))
 TEST_ISAS = setting("FASTRES_TEST_ISAS", "0", ("0", "1"))
+SANITIZE = setting("FASTRES_SANITIZE", "0", ("0", "1"))
 
 
 def loud(sentence: str) -> None:
@@ -148,6 +150,7 @@ class CMakeBuild(build_ext):
             "FASTRES_MODULES": ";".join(self.outputs),
             "FASTRES_OUTPUT": str(build / "out"),
             "FASTRES_TEST_ISAS": "ON" if TEST_ISAS == "1" else "OFF",
+            "FASTRES_SANITIZE": "ON" if SANITIZE == "1" else "OFF",
         }
         if "_cuda" in self.outputs:
             define["CMAKE_CUDA_COMPILER"] = find_nvcc()

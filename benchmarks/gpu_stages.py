@@ -162,7 +162,7 @@ def launch_once() -> bool:
                             emit(kind="sanitized", function=function, dtype=str(dtype), status="failed", why=why)
         emit(kind="sanitized", function=function, status="ran")
     kernels = dispatch.load(served.backend)
-    good &= gpu_blocks.right(emit, kernels, DEVICE, gpu_blocks.SMALL[:1] if REHEARSAL else gpu_blocks.SMALL)
+    good &= gpu_blocks.right(emit, kernels, DEVICE, gpu_blocks.REHEARSED if REHEARSAL else gpu_blocks.SMALL)
     return good & gpu_one_pass.right(emit, kernels, DEVICE, ((7, 67), (64, 300)))
 
 

@@ -56,6 +56,7 @@ def doctor(
     verify: Annotated[bool, typer.Option(help="Run the self-check of each GPU kernel that would be chosen.")] = False,
 ) -> None:
     """Hardware, what was built, which backends work, and which one serves what and why."""
+    from fastres import cli_doctor, cli_tune
     from fastres import doctor as examination
 
     found = examination.examine(verify)
@@ -64,7 +65,7 @@ def doctor(
         return
     machine, versions = found["machine"], found["versions"]
     cpu = machine["cpu"]
-    page = _pairs("Machine")
+    page = cli_doctor.pairs("Machine")
     page.add_row("CPU", f"{cpu['name']}, {cpu['usable_cores']} of {cpu['cores']} cores usable")
     page.add_row("instruction sets", " ".join(cpu["isa"]) or "unknown on this system")
     for gpu in machine["gpus"]:
@@ -85,12 +86,12 @@ def doctor(
     if runtimes and len(runtimes) > 1:
         console.print("[yellow]Two OpenMP runtimes in one process: their thread pools fight for the cores.[/yellow]")
 
-    page = _pairs("Compiled extensions")
+    page = cli_doctor.pairs("Compiled extensions")
     for name, entry in found["extensions"].items():
         page.add_row(name, _extension(entry))
     console.print(page)
 
-    page = _pairs("Backends")
+    page = cli_doctor.pairs("Backends")
     for name, entry in found["backends"].items():
         state = "[green]available[/green]" if entry["available"] else f"[dim]no: {'; '.join(entry['why_not'])}[/dim]"
         page.add_row(name, state)
@@ -98,17 +99,8 @@ def doctor(
     if not short:
         console.print(_choices(found["choices"]))
 
-    from fastres import cli_tune
-
-    for table in cli_tune.section(found["tuning"], short):
+    for table in (*cli_tune.section(found["tuning"], short), *cli_doctor.section(found, short)):
         console.print(table)
-
-
-def _pairs(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=False)
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    return table
 
 
 def _extension(entry: dict) -> str:

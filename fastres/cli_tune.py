@@ -97,7 +97,7 @@ def section(found: dict, short: bool) -> Iterator[Table]:
         page.add_row(gpu["gpu"], f"{counts}; {len(gpu['rejected'])} configurations rejected")
         page.add_row("", escape(gpu["file"] or "in memory only"))
     if not found["gpus"]:
-        page.add_row("in force", "nothing: no GPU that torch can use, PyTorch's convolutions serve")
+        page.add_row("in force", "nothing: no GPU that torch can use")
     yield page
     for gpu in found["gpus"] if not short else ():
         if gpu["in_force"]:

@@ -174,6 +174,64 @@ def tuning() -> dict:
     return status()
 
 
+def cpu_convolutions() -> list[dict]:
+    """Whose convolutions serve on this CPU, by dtype and kind, for a 3x3 of 64 channels on 8 images of 56 x 56.
+
+    In 16 bit this is measured, once per process, in about 20 ms.
+    """
+    from fastres.backends import cpu as cpu_backend
+    from fastres.backends import cpu_conv
+
+    geometry, rows = ((1, 1), (1, 1), (1, 1), 1), []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.empty(1, dtype=dtype).expand(8, 64, 56, 56)
+        w = torch.empty(1, dtype=dtype).expand(64, 64, 3, 3)
+        reasons = cpu_conv.why_not(x, w, geometry)
+        ours = [kind for kind in ("fprop", "dgrad", "wgrad") if not reasons and cpu_conv.wins(kind, x, w, geometry)]
+        isa = cpu_backend.isa_or_none()
+        if reasons:
+            why = "; ".join(reasons)
+        elif isa == "scalar":
+            why = "no kernel for this instruction set"
+        elif dtype == torch.float32:
+            why = f"from measurements on {isa}" if ours else f"none was measured faster on {isa}"
+        elif cpu_conv.narrow_ratio(dtype) == float("inf"):
+            why = "PyTorch has no kernel for it here"
+        else:
+            why = f"ours take 1/{cpu_conv.narrow_ratio(dtype):.2g} of PyTorch's time, measured now"
+        rows.append({"dtype": str(dtype).removeprefix("torch."), "ours": ours, "why": why})
+    return rows
+
+
+def whole_blocks(verify: bool = False) -> dict:
+    """Evaluation blocks in one kernel: what was decided in this process, and which typical ones each GPU could take.
+
+    ``verify`` proves the kernels on those (not their speed, which the first call of a block measures).
+    """
+    from fastres import dispatch, whole_block
+
+    kernels, rows = dispatch.load("cuda"), []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        device = torch.device("cuda", index)
+        for shape in whole_block.TYPICAL:
+            why = getattr(kernels, f"why_not_{shape.op}")(device, torch.bfloat16, shape)
+            if verify and not why:
+                why = [wrong] if (wrong := whole_block.check(kernels, device, torch.bfloat16, shape)) else []
+            rows.append({"gpu": index, "shape": str(shape), "dtype": "bfloat16", "why_not": why})
+    return {"verdicts": whole_block.verdicts(), "typical": rows}
+
+
+def one_pass() -> dict:
+    """Batch normalisation in one launch: whether it was asked for, and why each GPU could not take a typical tensor."""
+    from fastres import dispatch
+
+    kernels, gpus_ = dispatch.load("cuda"), {}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        reasons = kernels.why_not_one_pass(torch.device("cuda", index), torch.bfloat16, 8 * 56 * 56, 64, 1)
+        gpus_[torch.cuda.get_device_name(index)] = reasons
+    return {"asked": os.environ.get("FASTRES_ONE_PASS") == "1", "gpus": gpus_}
+
+
 def settings() -> dict[str, str]:
     """The switches in force: threads, fp32 precision, and the FASTRES_* variables that are set."""
     found = {
@@ -198,6 +256,9 @@ def examine(verify: bool = False) -> dict:
         "backends": backends(),
         "choices": choices(verify),
         "tuning": tuning(),
+        "cpu_convolutions": cpu_convolutions(),
+        "whole_blocks": whole_blocks(verify),
+        "one_pass": one_pass(),
         "openmp": openmp_runtimes(),
     }
 

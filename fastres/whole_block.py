@@ -1,4 +1,4 @@
-"""Evaluation blocks as one kernel: whether there is one for a block, whether it is right, and whether it is faster.
+"""Evaluation blocks and stems as one kernel: whether there is one, whether it is right, and whether it is faster.
 
 A forced backend serves what its kernels can. The automatic choice takes a kernel only after it gave the right values on
 this very device and was faster, on inputs of this very size, than the separate convolutions; both are found out at the
@@ -7,6 +7,7 @@ first call, in milliseconds, and remembered. Whatever is turned down is served b
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import threading
@@ -16,10 +17,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastres import dispatch
+from fastres import block_trials, dispatch
 from fastres.backends import fragments
 from fastres.backends.block_kernels import BottleneckShape
+from fastres.backends.eval_kernels import BasicBlockShape, StemShape
 from fastres.backends.reference import acc_dtype
+
+#: What a kernel is asked for.
+Shape = BottleneckShape | BasicBlockShape | StemShape
+
+#: What `fastres doctor` asks about: the stem and blocks of stride 1 in the first two stages of ResNet-18 and 50.
+TYPICAL = (
+    StemShape(8, 224, 224),
+    BasicBlockShape(8, 56, 56, 64),
+    BasicBlockShape(8, 28, 28, 128),
+    BottleneckShape(8, 56, 56, 64, 64, 256, True),
+    BottleneckShape(8, 56, 56, 256, 64, 256, False),
+    BottleneckShape(8, 28, 28, 512, 128, 512, False),
+)
 
 #: (device index, dtype, shape) -> why the separate convolutions serve, or "" where the kernel does.
 _verdicts: dict[tuple, str] = {}
@@ -27,8 +42,13 @@ _lock = threading.Lock()
 _RUNS = 7
 
 
-def shape_of(x: Tensor, convs, shortcut) -> BottleneckShape | None:
-    """The block as a kernel would see it, or None where its geometry is not 1x1, 3x3, 1x1 of stride 1."""
+def shape_of(x: Tensor, convs, shortcut) -> BottleneckShape | BasicBlockShape | None:
+    """The block as a kernel would see it, or None where its geometry is not 1x1, 3x3, 1x1 of stride 1, nor 3x3, 3x3 of
+    stride 1 with the identity."""
+    if len(convs) == 2 and shortcut is None:
+        N, C, H, W = x.shape
+        fits = all(_is(conv, (C, C, 3, 3), 1, 1) for conv in convs)
+        return BasicBlockShape(N, H, W, C) if fits else None
     if len(convs) != 3:
         return None
     pointwise = ((1, 1), (0, 0))
@@ -48,21 +68,60 @@ def shape_of(x: Tensor, convs, shortcut) -> BottleneckShape | None:
     return BottleneckShape(N, H, W, C, mid, K, shortcut is not None)
 
 
+def stem_shape(x: Tensor, conv, kernel: int, stride: int, padding: int) -> StemShape | None:
+    """The stem as a kernel would see it, or None where its geometry is not that of a ResNet; pooling as given."""
+    fits = _is(conv, (StemShape.K, 3, 7, 7), 2, 3) and (kernel, stride, padding) == (3, 2, 1)
+    fits = fits and x.shape[1] == 3 and max(x.stride()[1:]) < 2**31  # addresses inside an image take 32 bits
+    return StemShape(x.shape[0], *x.shape[2:]) if fits else None
+
+
+def _is(conv, shape: tuple[int, ...], stride: int, padding: int) -> bool:
+    """Whether ``conv`` has a weight of this shape, this stride and padding, and neither groups nor dilation."""
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return tuple(conv.weight.shape) == shape and geometry == ((stride,) * 2, (padding,) * 2, (1, 1), 1)
+
+
 def pack(units) -> tuple[Tensor, Tensor]:
-    """(weights, bias) of ``bottleneck_eval`` from folded units: three, and the projection's if there is one."""
+    """(weights, bias) as the kernel reads them, from folded units: of a stem one, of a basic block two, of a bottleneck
+    three, and the projection's if there is one."""
     weights = [unit.weight for unit in units]
     bias = [unit.bias.float() for unit in units]
+    if len(units) < 3:
+        packed = fragments.stem(*weights) if len(units) == 1 else fragments.basic_block(*weights)
+        return packed, torch.cat(bias).contiguous()
     last = bias[2] if len(bias) == 3 else bias[2] + bias[3]
     return fragments.bottleneck(*weights), torch.cat((bias[0], bias[1], last)).contiguous()
 
 
-def kernels_for(x: Tensor, shape: BottleneckShape, separate: Callable[[], Tensor], ours: Callable[..., Tensor]):
+def compute(kernels, shape: Shape, x: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
+    """What ``kernels`` make of ``x``, channels_last. ``packed``: of :func:`pack`."""
+
+    def output(channels: int, height: int, width: int) -> Tensor:
+        size = (shape.N, channels, height, width)
+        return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+    if isinstance(shape, StemShape):  # reads the image as it lies
+        out = output(shape.K, shape.P, shape.Q)
+        kernels.stem_eval(x, *packed, out)
+        return out
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.channels_last)
+    if isinstance(shape, BasicBlockShape):
+        out = output(shape.C, shape.H, shape.W)
+        kernels.basic_block_eval(x, *packed, out)
+    else:
+        out = output(shape.K, shape.H, shape.W)
+        kernels.bottleneck_eval(x, *packed, shape.mid, shape.projected, out)
+    return out
+
+
+def kernels_for(x: Tensor, shape: Shape, separate: Callable[[], Tensor], ours: Callable[..., Tensor]):
     """The backend whose kernel serves the block on ``x``, or None. ``ours(kernels)`` and ``separate()`` compute it."""
     name = dispatch.forced() or ("cuda" if x.device.type == "cuda" else "")
     kernels = dispatch.load(name) if name else None
-    if kernels is None or not hasattr(kernels, "why_not_bottleneck") or not x.numel():
-        return None
-    if kernels.why_not_bottleneck(x.device, x.dtype, shape):
+    why_not = getattr(kernels, f"why_not_{shape.op}", None)
+    if why_not is None or not x.numel() or why_not(x.device, x.dtype, shape):
         return None
     if dispatch.forced():
         return kernels
@@ -86,7 +145,7 @@ def verdicts() -> dict[str, str]:
     return {f"{shape}, {str(dtype).removeprefix('torch.')}": why for (_, dtype, shape), why in _verdicts.items()}
 
 
-def _verdict(kernels, x: Tensor, shape: BottleneckShape, separate, ours) -> str:
+def _verdict(kernels, x: Tensor, shape: Shape, separate, ours) -> str:
     try:
         wrong = check(kernels, x.device, x.dtype, shape)
     except (RuntimeError, ValueError) as error:
@@ -116,59 +175,20 @@ def microseconds(run: Callable[[], object]) -> float:
 # ---- the check: integers, on which sums of any order are exact, then normal values against float64
 
 
-def expected(x, w1, w2, w3, projection, bias) -> Tensor:
-    """The block in float64, rounded where separate convolutions would round; ``bias`` float ``[b1, b2, b3]``."""
-    dtype, mid = x.dtype, w1.shape[0]
-    b1, b2, b3 = bias.double().split((mid, mid, w3.shape[0]))
-
-    def conv(h, w, b=None, padding=0):
-        return torch.nn.functional.conv2d(h.double(), w.double(), b, 1, padding)
-
-    y = torch.relu(conv(x, w1, b1)).to(dtype)
-    y = torch.relu(conv(y, w2, b2, 1)).to(dtype)
-    shortcut = x.double() if projection is None else conv(x, projection)
-    return torch.relu(conv(y, w3, b3) + shortcut)
-
-
-def data(shape: BottleneckShape, device, dtype: torch.dtype, whole: bool):
-    """(x, w1, w2, w3, projection or None, bias) for ``shape``: small integers, or normal values."""
-    random = torch.Generator(device).manual_seed(0)
-
-    def make(size, terms, kind=dtype):
-        if whole:
-            t = torch.randint(-2, 3, size, device=device, generator=random)
-        else:
-            t = torch.randn(size, device=device, generator=random) * math.sqrt(2 / terms)
-        t = t.to(kind)
-        return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
-
-    C, mid, K = shape.C, shape.mid, shape.K
-    x = make((shape.N, C, shape.H, shape.W), 2)
-    w1, w2, w3 = make((mid, C, 1, 1), C), make((mid, mid, 3, 3), 9 * mid), make((K, mid, 1, 1), mid)
-    if whole:
-        for w in (w2, w3):  # sparse, so that no sum leaves the range of float16
-            w.mul_((torch.rand(w.shape, device=device, generator=random) < 16 / mid).to(dtype))
-    return x, w1, w2, w3, make((K, C, 1, 1), C) if shape.projected else None, make((2 * mid + K,), 2, torch.float32)
-
-
-def check(kernels, device, dtype: torch.dtype, shape: BottleneckShape) -> str:
+def check(kernels, device, dtype: torch.dtype, shape: Shape) -> str:
     """What is wrong with the kernel for ``shape``, or "". At most two images, of the given size."""
-    small = BottleneckShape(min(shape.N, 2), shape.H, shape.W, shape.C, shape.mid, shape.K, shape.projected)
+    small = dataclasses.replace(shape, N=min(shape.N, 2))
     with torch.no_grad():
         for whole in (True, False):
-            x, w1, w2, w3, projection, bias = data(small, device, dtype, whole)
-            weights = fragments.bottleneck(w1, w2, w3, projection)
+            launch, truth, terms = block_trials.trial(small, device, dtype, whole)
             out, again = (
-                torch.full((small.N, small.K, small.H, small.W), math.nan, dtype=dtype, device=device).to(
-                    memory_format=torch.channels_last
-                )
+                torch.full(truth.shape, math.nan, dtype=dtype, device=device).to(memory_format=torch.channels_last)
                 for _ in range(2)
             )
             for buffer in (out, again):
-                kernels.bottleneck_eval(x, weights, bias, small.mid, small.projected, buffer)
+                launch(kernels, buffer)
             if not torch.equal(out, again):
                 return "the output differs from run to run"
-            truth = expected(x, w1, w2, w3, projection, bias)
             if whole:
                 wrong = out != truth.to(dtype)
                 if wrong.any():
@@ -176,7 +196,7 @@ def check(kernels, device, dtype: torch.dtype, shape: BottleneckShape) -> str:
                 continue
             # Three roundings and three sums away from float64; a rounding inside may fall the other way.
             eps = torch.finfo(dtype).eps
-            limit = (4 * eps + 2 * math.sqrt(9 * small.mid) * torch.finfo(acc_dtype(dtype)).eps) * truth.abs().max()
+            limit = (4 * eps + 2 * math.sqrt(terms) * torch.finfo(acc_dtype(dtype)).eps) * truth.abs().max()
             error = (out.double() - truth).abs()
             if not bool((error <= limit).all()):
                 return f"is off by up to {error.max().item():.3g} of {truth.abs().max().item():.3g}"

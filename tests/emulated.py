@@ -43,3 +43,24 @@ def build_emulated(source: Path, path: Path, *, csrc: Path = CSRC) -> ctypes.CDL
     flags = [*FLAGS, "-Wno-psabi", "-DFASTRES_EMULATE", "-DFASTRES_BACKEND=emulator", f"-I{csrc}"]
     _compile([cxx, *flags, "-shared", "-x", "c++", str(source), "-x", "none", *_machine(cxx), "-o", str(path)])
     return ctypes.CDLL(str(path))
+
+
+def build_planted(folder: Path, selftest: str, file: str, sound: str, faulty: str) -> ctypes.CDLL:
+    """A selftest of the emulator with ``sound`` in ``csrc/cuda/<file>`` replaced by ``faulty``; no file: as it is."""
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC, csrc, ignore=shutil.ignore_patterns("cpu"))
+    if file:
+        text = (csrc / "cuda" / file).read_text()
+        assert text.count(sound) == 1, f"{file} has {text.count(sound)} times {sound!r}"
+        (csrc / "cuda" / file).write_text(text.replace(sound, faulty))
+    return build_emulated(csrc / "emulator" / selftest, folder / "planted.so", csrc=csrc)
+
+
+def call_planted(library: ctypes.CDLL, *arguments) -> str:
+    """What the selftest's kernel failed with, "" if it ran. Tensors go as addresses, numbers as 64 bits."""
+    message = ctypes.create_string_buffer(1024)
+    plain = [ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(a.data_ptr()) for a in arguments]
+    status = library.selftest(*plain, message, ctypes.c_size_t(len(message)))
+    error = message.value.decode()
+    assert (status == 0) == (error == "")
+    return error

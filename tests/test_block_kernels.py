@@ -13,7 +13,7 @@ from emulated import CSRC, build_emulated
 from torch import nn
 
 import fastres
-from fastres import dispatch, whole_block
+from fastres import block_trials, dispatch, whole_block
 from fastres import nn as fnn
 from fastres.backends import block_kernels, fragments
 from fastres.backends.block_kernels import BottleneckShape
@@ -37,11 +37,11 @@ SHAPES = (
 
 def run(kernels, shape, dtype, whole=True):
     """(output, what it should be, arguments) on the data of the verification."""
-    x, w1, w2, w3, projection, bias = whole_block.data(shape, CPU, dtype, whole)
+    x, w1, w2, w3, projection, bias = block_trials.bottleneck_data(shape, CPU, dtype, whole)
     out = torch.full((shape.N, shape.H, shape.W, shape.K), float("nan"), dtype=dtype).permute(0, 3, 1, 2)
     weights = fragments.bottleneck(w1, w2, w3, projection)
     kernels.bottleneck_eval(x, weights, bias, shape.mid, shape.projected, out)
-    return out, whole_block.expected(x, w1, w2, w3, projection, bias).to(dtype), (x, weights, bias)
+    return out, block_trials.bottleneck_expected(x, w1, w2, w3, projection, bias).to(dtype), (x, weights, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
@@ -87,13 +87,13 @@ def test_nan_and_infinity(emulator):
     """A NaN spreads as far as its 3x3 neighbourhood; no pixel beyond is touched."""
     shape = SHAPES[2]
     for bad in (float("nan"), float("inf")):
-        x, w1, w2, w3, _, bias = whole_block.data(shape, CPU, torch.bfloat16, False)
+        x, w1, w2, w3, _, bias = block_trials.bottleneck_data(shape, CPU, torch.bfloat16, False)
         x[1, 3, 14, 13] = bad
         out = torch.empty_like(x)
         emulator.bottleneck_eval(x, fragments.bottleneck(w1, w2, w3), bias, 64, False, out)
         touched = ~out.isfinite().all(1)
         assert touched[1, 13:15, 12:15].any() and not touched[:, :13].any() and not touched[[0, 2]].any()
-        expected = whole_block.expected(x, w1, w2, w3, None, bias).to(torch.bfloat16)
+        expected = block_trials.bottleneck_expected(x, w1, w2, w3, None, bias).to(torch.bfloat16)
         assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
 
 
@@ -124,7 +124,7 @@ def test_why_not(change, dtype, chip, words):
 
 
 def test_bad_input(emulator):
-    x, w1, w2, w3, _, bias = whole_block.data(SHAPES[0], CPU, torch.bfloat16, True)
+    x, w1, w2, w3, _, bias = block_trials.bottleneck_data(SHAPES[0], CPU, torch.bfloat16, True)
     weights = fragments.bottleneck(w1, w2, w3)
 
     def call(match, kind=ValueError, **change):
@@ -154,7 +154,7 @@ def test_bad_input(emulator):
 
 def test_empty(emulator):
     x = torch.empty(0, 64, 14, 14, dtype=torch.float16).to(memory_format=torch.channels_last)
-    _, w1, w2, w3, _, bias = whole_block.data(SHAPES[0], CPU, torch.float16, True)
+    _, w1, w2, w3, _, bias = block_trials.bottleneck_data(SHAPES[0], CPU, torch.float16, True)
     emulator.bottleneck_eval(x, fragments.bottleneck(w1, w2, w3), bias, 64, False, torch.empty_like(x))
 
 
@@ -274,7 +274,7 @@ def test_traffic(emulator):
     """Units of mid elements a pixel: 4 in and 4 out reach DRAM, where separate convolutions move 16. No halo read, and
     no read of weights, waits for a bank."""
     shape = BottleneckShape(1, 28, 28, 256, 64, 256, False)
-    x, w1, w2, w3, _, bias = whole_block.data(shape, CPU, torch.bfloat16, True)
+    x, w1, w2, w3, _, bias = block_trials.bottleneck_data(shape, CPU, torch.bfloat16, True)
     weights, out = fragments.bottleneck(w1, w2, w3), torch.empty_like(x)
     emulator.module.meter(True)
     emulator.bottleneck_eval(x, weights, bias, 64, False, out)
@@ -324,9 +324,9 @@ def test_planted_faults(fault, tmp_path):
         (csrc / "cuda" / file).write_text(text.replace(sound, faulty))
     library = build_emulated(csrc / "emulator" / "selftest_block.cu", tmp_path / "block.so", csrc=csrc)
     shape = BottleneckShape(1, 16, 15, 64, 64, 64, False)
-    x, w1, w2, w3, projection, bias = whole_block.data(shape, CPU, torch.bfloat16, True)
+    x, w1, w2, w3, projection, bias = block_trials.bottleneck_data(shape, CPU, torch.bfloat16, True)
     out = torch.full_like(x, float("nan"))
-    expected = whole_block.expected(x, w1, w2, w3, projection, bias).to(torch.bfloat16)
+    expected = block_trials.bottleneck_expected(x, w1, w2, w3, projection, bias).to(torch.bfloat16)
     weights, message = fragments.bottleneck(w1, w2, w3), ctypes.create_string_buffer(1024)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (weights, bias, out)]
     sizes = (shape.N, shape.H, shape.W, shape.C)

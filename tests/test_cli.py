@@ -131,6 +131,9 @@ def test_doctor_page(command):
         "Chosen for typical requests",
         "batch_norm_act",
         "torch",
+        "Convolutions on the CPU",
+        "In one kernel, on a GPU",
+        "FASTRES_ONE_PASS=1",
     ):
         assert text in out
     for name in dispatch.BACKENDS:
@@ -163,6 +166,35 @@ def test_doctor_agrees_with_dispatch():
             row["op"], torch.device(row["device"]), getattr(torch, row["dtype"]), row["channels"]
         )
         assert dispatch.choose(request) is dispatch.load(row["backend"])
+
+
+def test_doctor_says_whose_cpu_convolutions_serve(command, monkeypatch):
+    """What is printed is what dispatches, whatever the machine; and never PyTorch's where ours serve."""
+    from fastres.backends import cpu_conv
+
+    for ours in (True, False):
+        monkeypatch.setattr(cpu_conv, "wins", lambda kind, *a, ours=ours: ours and kind != "wgrad")
+        monkeypatch.setattr(cpu_conv, "why_not", lambda *a, ours=ours: [] if ours else ["3 groups"])
+        monkeypatch.setattr(cpu_conv, "narrow_ratio", lambda dtype: 2.0)
+        rows = doctor.cpu_convolutions()
+        assert [row["ours"] for row in rows] == [["fprop", "dgrad"] if ours else []] * 3
+        code, out, _ = command("doctor", "--short")
+        assert code == 0 and ("fprop, dgrad by fastres; wgrad by PyTorch" in out) == ours
+        assert ("fprop, dgrad, wgrad by PyTorch (3 groups)" in out) == (not ours)
+
+
+def test_doctor_lists_verdicts_on_whole_blocks(command, monkeypatch):
+    from fastres import whole_block
+
+    shape = whole_block.TYPICAL[1]
+    monkeypatch.setattr(whole_block, "verdicts", lambda: {f"{shape}, bfloat16": "separate convolutions take 9 us"})
+    monkeypatch.setenv("FASTRES_ONE_PASS", "1")
+    code, out, _ = command("doctor")
+    flat = " ".join(out.split())
+    assert code == 0 and "basic block 8x64x56x56 with an identity, bfloat16: separate convolutions take 9 us" in flat
+    assert "asked for (FASTRES_ONE_PASS=1)" in flat
+    found = doctor.examine()
+    assert found["one_pass"]["asked"] and found["whole_blocks"]["verdicts"]
 
 
 def test_doctor_says_why_when_extensions_are_missing(monkeypatch):

@@ -8,7 +8,10 @@ import re
 import subprocess
 
 import pytest
+import torch
 
+from fastres.backends.eval_kernels import BasicBlockShape, why_not_basic_block
+from fastres.backends.one_pass import Chip
 from fastres.codegen import cuda, sass
 
 ROW = cuda.Row("90a", "k.cu", "k", ("float32", "Vector"), 64, 1024, 16, 16, 0, 0)
@@ -39,9 +42,9 @@ def test_table_is_complete():
     """Every kernel of every source on every architecture, each without spills."""
     texts = [path.read_text() for path in (cuda.ROOT / "csrc" / "cuda").glob("*.cu*")]
     kernels = {name for text in texts for name in re.findall(r"^(\w+)_kernel\(", text, re.M)}
-    assert len(kernels) == 18
+    assert len(kernels) == 20
     tables, whole_blocks = page().split("## Whole blocks")
-    assert whole_blocks.count("\n| sm_") == 6 * len(cuda.ARCHITECTURES)
+    assert whole_blocks.count("\n| sm_") == 12 * len(cuda.ARCHITECTURES)
     sections = re.split(r"^## sm_(\w+)$", tables, flags=re.M)
     assert tuple(sections[1::2]) == cuda.ARCHITECTURES
     for table in sections[2::2]:
@@ -97,6 +100,23 @@ def test_problems_of_whole_blocks(change, words):
     row = cuda.Row("89", "b.cu", "bottleneck_eval", ("float16", "64", "1"), 128, 0, 16, 16, 0, 0, (64, 8, 8))
     problems = dataclasses.replace(row, **change).problems
     assert len(problems) == (words != "") and words in "".join(problems)
+
+
+def test_refused_where_it_does_not_fit():
+    """One variant needs more shared memory than sm_89 has, and is refused there."""
+    row = cuda.Row("89", "b.cu", "basic_block_eval", ("float16", "128"), 214, 0, 16, 16, 0, 0, (64, 8, 8))
+    assert row.problems == []
+    (arch, _, channels), chip = next(iter(cuda.REFUSED)), Chip("L4", 58, sass.SHARED_LIMIT[89], 100 * 1024)
+    assert arch == "89" and why_not_basic_block(BasicBlockShape(1, 14, 14, int(channels)), torch.float16, chip)
+    assert "112704 bytes" not in "".join(dataclasses.replace(row, arch="80").problems)
+
+
+def test_problems_of_a_stem():
+    """It needs no matrix loads; its patch is static and counts beside the dynamic part."""
+    row = cuda.Row("80", "s.cu", "stem_eval", ("bfloat16",), 128, 7568, 16, 16, 0, 0, (176, 0, 1))
+    assert row.problems == []
+    assert "no HMMA" in "".join(dataclasses.replace(row, tensor=(0, 0, 1)).problems)
+    assert "102928 bytes" in "".join(dataclasses.replace(row, arch="89", shared=48000).problems)
 
 
 @pytest.mark.parametrize(

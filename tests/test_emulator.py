@@ -9,6 +9,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -294,3 +295,19 @@ def test_tiles():
             assert 1 <= tiles(M, C) <= -(-528 // channel_blocks)
             assert tiles(M, C) * 16 <= M + 16
     assert tiles(802816, 64) == 528
+
+
+def test_a_sanitizer_sees_a_read_beyond_a_buffer(emulator):
+    """Under `make sanitize`: a kernel that is told of more weights than there are ends the process."""
+    if "asan" not in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("AddressSanitizer is not loaded (make sanitize)")
+    code = (
+        "import torch\nfrom fastres import _emulator\n"
+        "x, weights, bias = torch.zeros(3 * 64), torch.zeros(512), torch.zeros(64)\n"
+        "out = torch.zeros(4 * 64, dtype=torch.bfloat16)\n"
+        "_emulator.stem_eval(1, x.data_ptr(), 1, 4, 4, 48, 1, 12, 3, weights.data_ptr(), bias.data_ptr(),\n"
+        "                    out.data_ptr(), 0)\nprint('survived')\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and "survived" not in done.stdout
+    assert "ERROR: AddressSanitizer: heap-" in done.stderr and "stem_eval" in done.stderr

@@ -54,6 +54,7 @@ LAYERS = (
         "fastres.tuning_run",
         "fastres.tuning_trial",
         "fastres.riding",
+        "fastres.block_trials",
         "fastres.whole_block",
     ),  # fmt: skip
     ("fastres.ops",),
@@ -65,7 +66,7 @@ LAYERS = (
     ("fastres.doctor",),
     ("fastres.bench",),
     ("fastres.figures",),
-    ("fastres.cli", "fastres.cli_infer", "fastres.cli_tune"),
+    ("fastres.cli", "fastres.cli_doctor", "fastres.cli_infer", "fastres.cli_tune"),
     ("fastres.__main__",),
 )
 

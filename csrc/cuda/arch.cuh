@@ -99,6 +99,9 @@ DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
 DEVICE double root(double v) { return __dsqrt_rn(v); }
 
+// The larger of both low and of both high halves, as unsigned numbers.
+DEVICE u32 larger_halves(u32 a, u32 b) { return __vmaxu2(a, b); }
+
 // Two floats rounded to nearest even in one word, `lo` in the low half.
 DEVICE u32 pack_bf16(float lo, float hi) {
     const __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
@@ -144,24 +147,29 @@ inline i64 multiprocessors() {
     return n;
 }
 
+// Lets `start(blocks)` launch the kernel once the grid is known to fit and the kernel may use so much dynamic memory.
+template <class Start>
+void start_with_shared(const char* name, const void* kernel, i64 grid_x, i64 grid_y, i64 shared_bytes, Start start) {
+    if (grid_x == 0 || grid_y == 0) return;
+    cudaError_t error = cudaErrorInvalidConfiguration;
+    if (grid_x <= kMaxGridX && grid_y <= kMaxGridY) {
+        error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    }
+    if (error == cudaSuccess) error = start(dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y)));
+    require_launched(name, grid_x, grid_y, error);
+}
+
 // `launch` with dynamic shared memory for each block.
 template <class... P>
 void launch_with_shared(const char* name, void (*kernel)(P...), i64 grid_x, i64 grid_y, i64 shared_bytes, i64 ctx,
                         std::common_type_t<P>... args) {
-    if (grid_x == 0 || grid_y == 0) return;
     const void* const function = reinterpret_cast<const void*>(kernel);
-    cudaError_t error = cudaErrorInvalidConfiguration;
-    if (grid_x <= kMaxGridX && grid_y <= kMaxGridY) {
-        error =
-            cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    }
-    if (error == cudaSuccess) {
+    start_with_shared(name, function, grid_x, grid_y, shared_bytes, [&](dim3 blocks) {
         void* params[] = {static_cast<void*>(&args)...};
-        error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y)),
-                                 dim3(kThreads), params, static_cast<std::size_t>(shared_bytes),
-                                 reinterpret_cast<cudaStream_t>(ctx));
-    }
-    require_launched(name, grid_x, grid_y, error);
+        return cudaLaunchKernel(function, blocks, dim3(kThreads), params, static_cast<std::size_t>(shared_bytes),
+                                reinterpret_cast<cudaStream_t>(ctx));
+    });
 }
 
 // The same for a kernel that calls sync_grid() (grid.cuh): all blocks run at once, each with its own dynamic shared
@@ -169,20 +177,12 @@ void launch_with_shared(const char* name, void (*kernel)(P...), i64 grid_x, i64 
 template <int kBlocksPerMultiprocessor, class... P>
 void launch_cooperative(const char* name, void (*kernel)(P...), i64 grid_x, i64 grid_y, i64 shared_bytes, i64 ctx,
                         std::common_type_t<P>... args) {
-    if (grid_x == 0 || grid_y == 0) return;
     const void* const function = reinterpret_cast<const void*>(kernel);
-    cudaError_t error = cudaErrorInvalidConfiguration;
-    if (grid_x <= kMaxGridX && grid_y <= kMaxGridY) {
-        error =
-            cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    }
-    if (error == cudaSuccess) {
+    start_with_shared(name, function, grid_x, grid_y, shared_bytes, [&](dim3 blocks) {
         void* params[] = {static_cast<void*>(&args)...};
-        error = cudaLaunchCooperativeKernel(
-            function, dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y)), dim3(kThreads), params,
-            static_cast<std::size_t>(shared_bytes), reinterpret_cast<cudaStream_t>(ctx));
-    }
-    require_launched(name, grid_x, grid_y, error);
+        return cudaLaunchCooperativeKernel(function, blocks, dim3(kThreads), params,
+                                           static_cast<std::size_t>(shared_bytes), reinterpret_cast<cudaStream_t>(ctx));
+    });
 }
 
 }  // namespace FASTRES_BACKEND

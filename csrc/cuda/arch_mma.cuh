@@ -29,6 +29,9 @@ DEVICE void store_shared16(Word4* shared, int i, const Word4& v) {
     *reinterpret_cast<uint4*>(shared + i) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
 }
 
+// A word of an array of words.
+DEVICE u32 load_shared4(const u32* shared, int i) { return shared[i]; }
+
 // 16 bytes of global memory, zeros where not `valid`: then `p` is not read. One predicated instruction, no branch.
 DEVICE Word4 load16_or_zero(const void* p, bool valid) {
     Word4 v;
@@ -58,6 +61,21 @@ DEVICE Word2 load8_or_zero(const void* p, bool valid) {
         "@there ld.global.v2.u32 {%0, %1}, [%2];\n"
         "}"
         : "=r"(v.w[0]), "=r"(v.w[1])
+        : "l"(p), "r"(static_cast<int>(valid)));
+    return v;
+}
+
+// Two bytes, in the low half.
+DEVICE u32 load2_or_zero(const void* p, bool valid) {
+    unsigned short v;
+    asm volatile(
+        "{\n"
+        ".reg .pred there;\n"
+        "setp.ne.b32 there, %2, 0;\n"
+        "mov.b16 %0, 0;\n"
+        "@there ld.global.u16 %0, [%1];\n"
+        "}"
+        : "=h"(v)
         : "l"(p), "r"(static_cast<int>(valid)));
     return v;
 }

@@ -10,6 +10,8 @@ inline void cuda_entries(pybind11::module_& m) {
     ENTRY(bn_one_pass_bwd);
     ENTRY(shifted_rows);
     ENTRY(bottleneck_eval);
+    ENTRY(basic_block_eval);
+    ENTRY(stem_eval);
 }
 
 }  // namespace FASTRES_BACKEND

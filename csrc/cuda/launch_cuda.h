@@ -34,4 +34,15 @@ void shifted_rows(const void* x, const void* identity, i64 shift, int planar, vo
 void bottleneck_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, i64 mid, i64 K, int projected,
                      const void* weights, const void* bias, void* out, i64 ctx);
 
+// ---- basic block in evaluation, likewise: out [N, H, W, C] = relu(conv2(relu(conv1(x) + b1)) + b2 + x), both 3x3 with
+// stride and padding 1. bias float [b1, b2].
+void basic_block_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, const void* weights, const void* bias,
+                      void* out, i64 ctx);
+
+// ---- stem in evaluation, likewise: out [N, P, Q, 64] = max pooling (3x3, stride 2, padding 1) of relu(conv(x) +
+// bias), conv 7x7 with stride 2 and padding 3. x: three channels at any addresses; image, channel, row, column: its
+// strides in elements, not negative. bias float [64].
+void stem_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 image, i64 channel, i64 row, i64 column,
+               const void* weights, const void* bias, void* out, i64 ctx);
+
 }  // namespace FASTRES_BACKEND

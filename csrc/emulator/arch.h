@@ -1,6 +1,7 @@
 // Host meaning of csrc/cuda/arch.cuh: each name as scalar C++, warp and block collectives through Machine.
 // Included by arch.cuh alone.
 #pragma once
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -135,6 +136,9 @@ inline float widen_f16(u32 v) {
     if (magnitude >= 0x7c00u) return bits_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
     if (magnitude < 0x400u) return bits_float(sign | float_bits(static_cast<float>(magnitude) * 0x1p-24f));
     return bits_float(sign | ((magnitude << 13) + 0x38000000u));
+}
+inline u32 larger_halves(u32 a, u32 b) {
+    return std::max(a & 0xffffu, b & 0xffffu) | std::max(a & 0xffff0000u, b & 0xffff0000u);
 }
 inline u32 pack_bf16(float lo, float hi) { return round_bf16(lo) | round_bf16(hi) << 16; }
 inline u32 pack_f16(float lo, float hi) { return round_f16(lo) | round_f16(hi) << 16; }

@@ -7,7 +7,7 @@ namespace fastres::emulator {
 namespace {
 
 constexpr int kWarp = 32, kRows = 8;
-constexpr std::uint64_t kUnit = 16, kBankBytes = 128;  // one row of all 32 banks
+constexpr std::uint64_t kUnit = 16, kWord = 4, kBankBytes = 128;  // one row of all 32 banks
 constexpr std::uintptr_t kSector = 32;
 
 }  // namespace
@@ -38,9 +38,10 @@ void Meter::store(const void* p, std::size_t bytes) {
 
 void Meter::rows(const std::uint64_t* bytes, int n, Access kind) {
     // Lanes that name one address share it; those that meet in a bank with different ones wait for each other.
-    std::array<std::vector<std::uint64_t>, kBankBytes / kUnit> banks;
+    const std::uint64_t unit = kind == Access::kWord ? kWord : kUnit;
+    std::array<std::vector<std::uint64_t>, kBankBytes / kWord> banks;
     for (int i = 0; i < n; ++i) {
-        auto& bank = banks[bytes[i] % kBankBytes / kUnit];
+        auto& bank = banks[bytes[i] % kBankBytes / unit];
         if (std::find(bank.begin(), bank.end(), bytes[i]) == bank.end()) bank.push_back(bytes[i]);
     }
     std::size_t worst = 0;
@@ -50,11 +51,12 @@ void Meter::rows(const std::uint64_t* bytes, int n, Access kind) {
 }
 
 void Meter::close(const Instruction& instruction, Access kind) {
-    // A 16-byte access of a warp is served eight lanes at a time.
-    for (int first = 0; first < kWarp; first += kRows) {
-        std::array<std::uint64_t, kRows> bytes;
+    // A 16-byte access of a warp is served eight lanes at a time, one of 4 bytes at once.
+    const int together = kind == Access::kWord ? kWarp : kRows;
+    for (int first = 0; first < kWarp; first += together) {
+        std::array<std::uint64_t, kWarp> bytes;
         int n = 0;
-        for (int lane = first; lane < first + kRows; ++lane) {
+        for (int lane = first; lane < first + together; ++lane) {
             if (instruction.present >> lane & 1) bytes[n++] = instruction.bytes[lane];
         }
         if (n) rows(bytes.data(), n, kind);

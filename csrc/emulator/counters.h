@@ -14,11 +14,12 @@ namespace fastres::emulator {
 struct Counters {
     std::int64_t loaded = 0, stored = 0;            // bytes between global memory and the multiprocessors
     std::int64_t loaded_once = 0, stored_once = 0;  // the same, each 32-byte sector counted once: what DRAM must move
-    std::int64_t wavefronts = 0;                    // of 16-byte and matrix accesses to shared memory
-    std::int64_t conflicts[3] = {};                 // wavefronts above the least possible: matrix loads, loads, stores
+    std::int64_t wavefronts = 0;                    // of accesses to shared memory
+    std::int64_t conflicts[4] = {};                 // wavefronts above the least possible, by kind of access
 };
 
-enum class Access { kMatrix, kLoad, kStore };
+// Of matrices, of 16 bytes a lane (load, store), of 4 bytes (load).
+enum class Access { kMatrix, kLoad, kStore, kWord };
 
 // Collects what one launch after the other does, while it is switched on.
 class Meter {
@@ -29,9 +30,10 @@ class Meter {
     void reset();
     void load(const void* p, std::size_t bytes);
     void store(const void* p, std::size_t bytes);
-    // Eight 16-byte rows that one wavefront serves if they fall into distinct banks; `bytes` are shared addresses.
+    // Eight rows of 16 bytes, or 32 words, that one wavefront serves if they fall into distinct banks; `bytes` are
+    // shared addresses.
     void rows(const std::uint64_t* bytes, int n, Access kind);
-    // A lane's 16-byte access. The n-th time each lane of a warp passes `site` counts as one instruction of the warp.
+    // A lane's access. The n-th time each lane of a warp passes `site` counts as one instruction of the warp.
     void lane(int thread, std::uint64_t byte, Access kind, const std::source_location& site);
     // A block has ended: instructions that part of a warp executed are settled.
     void settle();

@@ -119,6 +119,8 @@ class Machine {
     };
 
     static void fiber_main();
+    // The element's trace. Throws where there is no such element, or another thread's write to it may still be coming.
+    Trace& traced(SharedArray& array, std::size_t i, const char* access);
     void check_launch(const char* kernel, const Grid& grid) const;
     void prepare(std::size_t blocks);
     void begin(Block& block, std::uint64_t number);

@@ -30,7 +30,8 @@ void extras(pybind11::module_& m) {
                 pybind11::arg("loaded") = c.loaded, pybind11::arg("stored") = c.stored,
                 pybind11::arg("loaded_once") = c.loaded_once, pybind11::arg("stored_once") = c.stored_once,
                 pybind11::arg("wavefronts") = c.wavefronts, pybind11::arg("matrix_conflicts") = c.conflicts[0],
-                pybind11::arg("load_conflicts") = c.conflicts[1], pybind11::arg("store_conflicts") = c.conflicts[2]);
+                pybind11::arg("load_conflicts") = c.conflicts[1], pybind11::arg("store_conflicts") = c.conflicts[2],
+                pybind11::arg("word_conflicts") = c.conflicts[3]);
             meter.on = on;
             meter.reset();
             return counted;

@@ -56,21 +56,28 @@ SharedArray& Machine::dynamic_shared(std::size_t element, Site site) {
     return array;
 }
 
-void Machine::on_read(SharedArray& array, std::size_t i) {
+Trace& Machine::traced(SharedArray& array, std::size_t i, const char* access) {
     if (i >= array.trace.size()) {
         fault("index " + std::to_string(i) + " of " + std::to_string(array.trace.size()) + " in the shared array of " +
               at(array.site));
     }
     Trace& t = array.trace[i];
-    const Order& order = block_->hopper->order;
-    if (t.written_at == block_->phase && t.writer != thread_ && !order.knows(thread_, t.writer, t.write_clock)) {
-        fault("race: reads element " + std::to_string(i) + " of the shared array of " + at(array.site) + ", which " +
+    if (t.written_at == block_->phase && t.writer != thread_ &&
+        !block_->hopper->order.knows(thread_, t.writer, t.write_clock)) {
+        fault(std::string("race: ") + access + " element " + std::to_string(i) + " of the shared array of " +
+              at(array.site) + ", which " +
               (t.by_copy ? std::string("an asynchronous copy") : "thread " + std::to_string(t.writer)) +
               " wrote since the last barrier");
     }
+    return t;
+}
+
+void Machine::on_read(SharedArray& array, std::size_t i) {
+    Trace& t = traced(array, i, "reads");
+    Order& order = block_->hopper->order;
     if (t.read_at == block_->phase && t.reader != thread_) {
         if (t.reader == kMany || !order.knows(thread_, t.reader, t.read_clock)) {
-            block_->hopper->order.read_by_many(&t, t.reader == kMany ? -1 : t.reader, t.read_clock, thread_);
+            order.read_by_many(&t, t.reader == kMany ? -1 : t.reader, t.read_clock, thread_);
             t.reader = kMany;
             return;
         }
@@ -81,17 +88,8 @@ void Machine::on_read(SharedArray& array, std::size_t i) {
 }
 
 void Machine::on_write(SharedArray& array, std::size_t i) {
-    if (i >= array.trace.size()) {
-        fault("index " + std::to_string(i) + " of " + std::to_string(array.trace.size()) + " in the shared array of " +
-              at(array.site));
-    }
-    Trace& t = array.trace[i];
+    Trace& t = traced(array, i, "writes");
     const Order& order = block_->hopper->order;
-    if (t.written_at == block_->phase && t.writer != thread_ && !order.knows(thread_, t.writer, t.write_clock)) {
-        fault("race: writes element " + std::to_string(i) + " of the shared array of " + at(array.site) + ", which " +
-              (t.by_copy ? std::string("an asynchronous copy") : "thread " + std::to_string(t.writer)) +
-              " wrote since the last barrier");
-    }
     if (t.read_at == block_->phase && t.reader != thread_ &&
         !(t.reader == kMany ? order.knows_readers(thread_, &t) : order.knows(thread_, t.reader, t.read_clock))) {
         fault("race: writes element " + std::to_string(i) + " of the shared array of " + at(array.site) +

@@ -30,9 +30,17 @@ inline void store_shared16(SharedView<Word4> shared, i64 i, const Word4& v, Site
     shared[i] = v;
 }
 
+inline u32 load_shared4(SharedView<u32> shared, i64 i, Site site = Site::current()) {
+    Machine& machine = Machine::current();
+    if (machine.meter.on) machine.meter.lane(machine.fiber(), static_cast<u64>(i) * 4, Access::kWord, site);
+    return shared[i];
+}
+
 inline Word4 load16_or_zero(const void* p, bool valid) { return valid ? load16(p) : Word4{}; }
 
 inline Word2 load8_or_zero(const void* p, bool valid) { return valid ? load8(p) : Word2{}; }
+
+inline u32 load2_or_zero(const void* p, bool valid) { return valid ? load_aligned<std::uint16_t>(p) : 0u; }
 
 // ---- cp.async
 

@@ -6,6 +6,7 @@ Mixed into the backends whose module has the kernels of ``csrc/cuda/bottleneck_e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -16,6 +17,8 @@ from fastres.backends.conv_checks import activation
 @dataclass(frozen=True)
 class BottleneckShape:
     """x ``[N, C, H, W]``, ``mid`` channels inside, out ``[N, K, H, W]``; ``projected``: a 1x1 convolution shortcut."""
+
+    op: ClassVar[str] = "bottleneck"
 
     N: int
     H: int
@@ -111,22 +114,38 @@ class Launcher:
             raise ValueError(f"{fn}: out must have the {C} channels of x without a projection, got {shape.K}")
         activation(fn, "x", x, x, x.shape, self.name)
         activation(fn, "out", out, x, (N, shape.K, H, W), self.name)
-        for name, t, dtype, n in (("weights", weights, x.dtype, shape.weights),
-                                  ("bias", bias, torch.float32, 2 * mid + shape.K)):  # fmt: skip
-            if not isinstance(t, torch.Tensor):
-                raise TypeError(f"{fn}: {name} must be a tensor, got {type(t).__name__}")
-            if t.dtype is not dtype or t.device != x.device or t.shape != (n,) or not t.is_contiguous():
-                got = f"{t.dtype} {list(t.shape)} on {t.device}"
-                raise ValueError(f"{fn}: {name} must be contiguous {dtype} [{n}] on {x.device}, got {got}")
-            if t.data_ptr() % 16:
-                raise ValueError(f"{fn}: {name} must be aligned to 16 bytes, got {t.data_ptr():#x}")
-        if out.numel() and any(_overlap(t, out) for t in (x, weights, bias)):
-            raise ValueError(f"{fn}: out must not overlap x, weights or bias in memory")
+        check_packed(fn, x, (("weights", weights, x.dtype, shape.weights),
+                             ("bias", bias, torch.float32, 2 * mid + shape.K)))  # fmt: skip
+        check_apart(fn, out, x, weights, bias)
         pointers = [t.data_ptr() or 0 for t in (x, weights, bias, out)]
         if out.numel():
             self.invoke(fn, a.device, a.code, pointers[0], N, H, W, C, mid, shape.K, int(projected), *pointers[1:])
 
 
+def check_packed(fn: str, x: torch.Tensor, arrays) -> None:
+    """Raises unless each ``(name, tensor, dtype, elements)`` is a flat aligned array beside ``x``."""
+    for name, t, dtype, n in arrays:
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{fn}: {name} must be a tensor, got {type(t).__name__}")
+        if t.dtype is not dtype or t.device != x.device or t.shape != (n,) or not t.is_contiguous():
+            got = f"{t.dtype} {list(t.shape)} on {t.device}"
+            raise ValueError(f"{fn}: {name} must be contiguous {dtype} [{n}] on {x.device}, got {got}")
+        if t.data_ptr() % 16:
+            raise ValueError(f"{fn}: {name} must be aligned to 16 bytes, got {t.data_ptr():#x}")
+
+
+def check_apart(fn: str, out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor) -> None:
+    """Raises where ``out`` shares memory with an input."""
+    if out.numel() and any(t.numel() and _overlap(t, out) for t in (x, weights, bias)):
+        raise ValueError(f"{fn}: out must not overlap x, weights or bias in memory")
+
+
+def _span(t: torch.Tensor) -> tuple[int, int]:
+    """First address of ``t`` and the one behind its last, whatever its strides."""
+    reach = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + reach * t.element_size()
+
+
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    first, second = ((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (a, b))
+    first, second = _span(a), _span(b)
     return first[0] < second[1] and second[0] < first[1]

@@ -60,3 +60,22 @@ def bottleneck(w1: Tensor, w2: Tensor, w3: Tensor, projection: Tensor | None = N
         last = torch.cat((last, beside))
     # Of conv3 all steps along k for 32 columns, then the next 32.
     return torch.cat([t.reshape(-1) for t in (first, *taps, last.transpose(0, 1))]).contiguous()
+
+
+def basic_block(w1: Tensor, w2: Tensor) -> Tensor:
+    """The stream of weights of ``basic_block_eval``, flat. w1 and w2 ``[C, C, 3, 3]``, one dtype."""
+    taps = [
+        fragments(w[:, :, r, s].t(), loaded=False, stored=True) for w in (w1, w2) for r in range(3) for s in range(3)
+    ]
+    return torch.cat([t.reshape(-1) for t in taps]).contiguous()
+
+
+def stem(w: Tensor) -> Tensor:
+    """The weights of ``stem_eval``, flat. w ``[64, 3, 7, 7]``.
+
+    Along k lie the rows of the filter, 21 elements (column, channel) filled up to 24, and 8 zeros.
+    """
+    K = w.shape[0]
+    rows = w.new_zeros(K, 176)
+    rows[:, :168].unflatten(1, (7, 24))[:, :, :21] = w.permute(0, 2, 3, 1).reshape(K, 7, 21)
+    return fragments(rows.t(), loaded=False, stored=True).reshape(-1).contiguous()

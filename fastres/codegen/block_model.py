@@ -24,10 +24,10 @@ LAYERS = (
 BATCH = 64
 
 
-def _seen(side: int) -> int:
+def _seen(side: int, halo: int = 1) -> int:
     """Pixels of one side that the tiles along it read, each with its halo and cut at the image."""
     tiles = -(-side // TILE)
-    return sum(min(t * TILE + TILE + 1, side) - max(t * TILE - 1, 0) for t in range(tiles))
+    return sum(min(t * TILE + TILE + halo, side) - max(t * TILE - halo, 0) for t in range(tiles))
 
 
 def tiles(s: BottleneckShape) -> int:
@@ -67,15 +67,26 @@ class Times:
 def times(s: BottleneckShape, name: str) -> Times:
     chip = calibration.CHIPS[name]
     l2 = loaded_bytes(s) + _ITEM * s.N * s.H * s.W * s.K
-    moved = max(memory_bytes(s) / chip.bandwidth, l2 / L2[name])
-    computed = flops(s) / (chip.rate * MMA_SYNC.get(name, 1.0))
-    return Times(max(moved, computed) * 1e6, (moved + computed) * 1e6, separate(s, chip) * 1e6)
+    return bounds(name, memory_bytes(s), l2, flops(s), separate(s, chip))
+
+
+def bounds(name: str, memory: int, l2: int, work: int, apart: float) -> Times:
+    """Of a kernel that moves so many bytes through DRAM and L2 and has so much work; ``apart``: seconds without it."""
+    chip = calibration.CHIPS[name]
+    moved = max(memory / chip.bandwidth, l2 / L2[name])
+    computed = work / (chip.rate * MMA_SYNC.get(name, 1.0))
+    return Times(max(moved, computed) * 1e6, (moved + computed) * 1e6, apart * 1e6)
 
 
 def separate(s: BottleneckShape, chip: Chip) -> float:
     """Seconds of one kernel for each convolution, as the model of this page has it; no gaps between launches."""
-    pixels, total = s.N * s.H * s.W, 0.0
     convs = [(s.C, s.mid, 1, 0), (s.mid, s.mid, 9, 0), (s.mid, s.K, 1, s.K)] + [(s.C, s.K, 1, 0)] * s.projected
+    return convolutions(s.N * s.H * s.W, convs, chip)
+
+
+def convolutions(pixels: int, convs, chip: Chip) -> float:
+    """Seconds of convolutions of stride 1, each (inputs, outputs, taps, channels of the residual)."""
+    total = 0.0
     for inputs, outputs, taps, residual in convs:
         load = _ITEM * (pixels * (inputs + outputs + residual) + inputs * outputs * taps) / chip.bandwidth
         rate = chip.rate * min(1.0, min(inputs, outputs) / calibration.FULL_WIDTH)

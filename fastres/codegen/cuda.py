@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 
 from fastres.backends.block_kernels import BOTTLENECKS, BottleneckConfig
+from fastres.backends.eval_kernels import BASIC_BLOCKS, STEM, Config
 from fastres.codegen import sass
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -25,6 +26,9 @@ STATIC_SHARED_LIMIT = 48 * 1024
 
 #: What the main loop of a tensor-core kernel must consist of: products, matrix loads, asynchronous copies.
 TENSOR = ("HMMA", "LDSM", "LDGSTS")
+
+#: Compiled, as every kernel is for every architecture, but refused there (``why_not``): the tile of x is too large.
+REFUSED = {("89", "basic_block_eval", "128")}
 
 _TYPES = {"f": "float32", "bf16": "bfloat16", "f16": "float16"}
 _BASIC = re.compile(r"f|NS_(\d+)|L[ib](\d+)E")
@@ -50,8 +54,12 @@ class Row:
     tensor: tuple[int, ...] = ()  # instructions of each of TENSOR
 
     @property
-    def block(self) -> BottleneckConfig | None:
+    def block(self) -> BottleneckConfig | Config | None:
         """The configuration that this kernel was compiled for, None for the kernels that have none."""
+        if self.kernel == "stem_eval":
+            return STEM
+        if self.kernel == "basic_block_eval":
+            return next(c for c in BASIC_BLOCKS if c.channels == int(self.parameters[1]))
         if self.kernel != "bottleneck_eval":
             return None
         mid, projected = (int(p) for p in self.parameters[1:])
@@ -74,9 +82,13 @@ class Row:
             found.append(f"{where}: loads at most {self.load} bytes an instruction; expected 16")
         if self.block is not None:
             limit, shared = sass.SHARED_LIMIT[int(re.match(r"\d+", self.arch)[0])], self.block.shared + self.shared
-            if shared > limit + (1024 if self.shared else 0):
+            refused = (self.arch, self.kernel, *self.parameters[1:]) in REFUSED
+            if not refused and shared > limit + (1024 if self.shared else 0):
                 found.append(f"{where}: {shared} bytes of shared memory; the limit is {limit}")
-            found += [f"{where}: no {name}" for name, n in zip(TENSOR, self.tensor, strict=True) if not n]
+            # The stem's image lies as words, which are no rows of a matrix.
+            needed = [name for name in TENSOR if (self.kernel, name) != ("stem_eval", "LDSM")]
+            counts = dict(zip(TENSOR, self.tensor, strict=True))
+            found += [f"{where}: no {name}" for name in needed if not counts[name]]
         return found
 
 
@@ -192,7 +204,8 @@ def blocks(table: list[Row]) -> str:
         "## Whole blocks",
         "",
         "Dynamic shared memory: bytes of one block. blocks: that the launch counts on for one multiprocessor. Then the",
-        "instructions in the code: products of tensor cores, matrix loads, asynchronous copies.",
+        "instructions in the code: products of tensor cores, matrix loads, asynchronous copies. The stem has no matrix",
+        "loads: its image lies as words. A block of 128 channels is refused on sm_89, which has less shared memory.",
         "",
         f"| architecture | kernel | variant | dynamic shared | blocks | {' | '.join(TENSOR)} |",
         "|---|---|---|--:|--:|" + "--:|" * len(TENSOR),
@@ -214,7 +227,8 @@ code. No GPU was involved: this page says what was generated, not how fast it is
 
 variant: activation dtype; `Vector` (C a multiple of 8, addresses aligned to 16 bytes) or `Scalar`; where the
 ReLU mask comes from; what joins before the ReLU; of `bottleneck_eval` dtype, channels inside, and whether the
-shortcut is a projection. registers: of one thread (limit {sass.REGISTER_LIMIT}).
+shortcut is a projection; of `basic_block_eval` dtype and channels. registers: of one thread (limit
+{sass.REGISTER_LIMIT}).
 shared: bytes of one block, from sm_90 on with the 1024 bytes the system keeps of it. load, store: bytes moved by
 the widest instruction of one thread from or to global memory. stack, spills: bytes and local-memory instructions
 of one thread, expected 0. `bn_one_pass_*` take dynamic shared memory beside: all that two blocks of a multiprocessor

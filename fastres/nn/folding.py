@@ -115,23 +115,25 @@ def folded_block(owner: nn.Module, x: Tensor, convs: Sequence[ConvBN], shortcut:
 
 
 def _in_one(kernels, x: Tensor, shape, units: list[Folded]) -> Tensor:
-    """The block by the kernel that serves it."""
+    """The block, or stem, by the kernel that serves it."""
     if units[0].stream is None:
         units[0].stream = whole_block.pack(units)
-    given, x = x, nhwc(x)
-    if x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.channels_last)
-    out = torch.empty(
-        (shape.N, shape.K, shape.H, shape.W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
-    kernels.bottleneck_eval(x, *units[0].stream, shape.mid, shape.projected, out)
-    return as_given(out, given)
+    return as_given(whole_block.compute(kernels, shape, x, units[0].stream), x)
 
 
 def folded_stem(owner: nn.Module, x: Tensor, conv: ConvBN, kernel: int, stride: int, padding: int) -> Tensor:
     dtype = compute_dtype(x)
-    out = _convolve(x.to(dtype), conv, folded(owner, [conv], dtype)[0], None, True)
-    return F.max_pool2d(out, kernel, stride, padding)
+    x, units = x.to(dtype), folded(owner, [conv], dtype)
+
+    def separate() -> Tensor:
+        return F.max_pool2d(_convolve(x, conv, units[0], None, True), kernel, stride, padding)
+
+    shape = whole_block.stem_shape(x, conv, kernel, stride, padding)
+    if shape is not None:
+        kernels = whole_block.kernels_for(x, shape, separate, lambda k: _in_one(k, x, shape, units))
+        if kernels is not None:
+            return _in_one(kernels, x, shape, units)
+    return separate()
 
 
 def folded_conv(owner: nn.Module, x: Tensor, conv: ConvBN, residual: Tensor | None, relu: bool) -> Tensor:
