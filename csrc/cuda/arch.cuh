@@ -50,6 +50,7 @@ struct tf32 {
 
 // min_blocks per SM bounds the registers: 65536 / (256 * min_blocks).
 #define KERNEL(min_blocks) __global__ void __launch_bounds__(FASTRES_BACKEND::kThreads, min_blocks)
+#define KERNEL_OF(threads) __global__ void __launch_bounds__(threads, 1)
 #define DEVICE __device__ __forceinline__
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #define SHARED(T, name, n) __shared__ T name[n]
@@ -144,8 +145,8 @@ inline i64 multiprocessors() {
     return n;
 }
 
-// `launch` with dynamic shared memory for each block.
-template <class... P>
+// `launch` with dynamic shared memory for each block; kBlock threads in one for a KERNEL_OF(kBlock).
+template <int kBlock = kThreads, class... P>
 void launch_with_shared(const char* name, void (*kernel)(P...), i64 grid_x, i64 grid_y, i64 shared_bytes, i64 ctx,
                         std::common_type_t<P>... args) {
     if (grid_x == 0 || grid_y == 0) return;
@@ -157,9 +158,9 @@ void launch_with_shared(const char* name, void (*kernel)(P...), i64 grid_x, i64 
     }
     if (error == cudaSuccess) {
         void* params[] = {static_cast<void*>(&args)...};
-        error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y)),
-                                 dim3(kThreads), params, static_cast<std::size_t>(shared_bytes),
-                                 reinterpret_cast<cudaStream_t>(ctx));
+        error =
+            cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y)), dim3(kBlock),
+                             params, static_cast<std::size_t>(shared_bytes), reinterpret_cast<cudaStream_t>(ctx));
     }
     require_launched(name, grid_x, grid_y, error);
 }
