@@ -21,8 +21,8 @@ from fastres.backends import fragments
 from fastres.backends.block_kernels import BottleneckShape
 from fastres.backends.reference import acc_dtype
 
-#: (device index, dtype, shape) -> why the separate convolutions serve, or "" where the kernel does.
-_verdicts: dict[tuple, str] = {}
+#: (device index, dtype, shape) -> why the separate convolutions serve, or "" where a kernel does, and which.
+_verdicts: dict[tuple, tuple[str, object]] = {}
 _lock = threading.Lock()
 _RUNS = 7
 
@@ -48,12 +48,17 @@ def shape_of(x: Tensor, convs, shortcut) -> BottleneckShape | None:
     return BottleneckShape(N, H, W, C, mid, K, shortcut is not None)
 
 
-def pack(units) -> tuple[Tensor, Tensor]:
+def packing(kernels) -> Callable[..., Tensor]:
+    """What packs the weights for the kernels' ``bottleneck_eval``."""
+    return getattr(kernels, "pack_bottleneck", fragments.bottleneck)
+
+
+def pack(units, packing: Callable[..., Tensor] = fragments.bottleneck) -> tuple[Tensor, Tensor]:
     """(weights, bias) of ``bottleneck_eval`` from folded units: three, and the projection's if there is one."""
     weights = [unit.weight for unit in units]
     bias = [unit.bias.float() for unit in units]
     last = bias[2] if len(bias) == 3 else bias[2] + bias[3]
-    return fragments.bottleneck(*weights), torch.cat((bias[0], bias[1], last)).contiguous()
+    return packing(*weights), torch.cat((bias[0], bias[1], last)).contiguous()
 
 
 def kernels_for(x: Tensor, shape: BottleneckShape, separate: Callable[[], Tensor], ours: Callable[..., Tensor]):
@@ -62,18 +67,24 @@ def kernels_for(x: Tensor, shape: BottleneckShape, separate: Callable[[], Tensor
     kernels = dispatch.load(name) if name else None
     if kernels is None or not hasattr(kernels, "why_not_bottleneck") or not x.numel():
         return None
-    if kernels.why_not_bottleneck(x.device, x.dtype, shape):
-        return None
-    if dispatch.forced():
-        return kernels
+    candidates = [k for k in versions(kernels) if not k.why_not_bottleneck(x.device, x.dtype, shape)]
+    if not candidates or dispatch.forced():
+        return candidates[0] if candidates else None
     key = (x.device.index, x.dtype, shape)
     verdict = _verdicts.get(key)
     if verdict is None:
         if torch.cuda.is_current_stream_capturing():
             return None  # no verdict can be had now; a later call may have one
         with _lock:
-            verdict = _verdicts[key] = _verdict(kernels, x, shape, separate, ours)
-    return None if verdict else kernels
+            verdict = _verdicts[key] = _verdict(candidates, x, shape, separate, ours)
+    return verdict[1]
+
+
+def versions(kernels) -> list:
+    """The backend and its versions for one architecture alone: each with ``why_not_bottleneck``, ``bottleneck_eval``
+    and what `packing` says. A forced backend takes the first that serves."""
+    special = getattr(kernels, "hopper", None)
+    return [kernels] if special is None else [kernels, special]
 
 
 def forget() -> None:
@@ -83,20 +94,31 @@ def forget() -> None:
 
 def verdicts() -> dict[str, str]:
     """What was decided in this process: block in words -> why separate convolutions serve it, or ""."""
-    return {f"{shape}, {str(dtype).removeprefix('torch.')}": why for (_, dtype, shape), why in _verdicts.items()}
+    return {f"{shape}, {str(dtype).removeprefix('torch.')}": why for (_, dtype, shape), (why, _) in _verdicts.items()}
 
 
-def _verdict(kernels, x: Tensor, shape: BottleneckShape, separate, ours) -> str:
-    try:
-        wrong = check(kernels, x.device, x.dtype, shape)
-    except (RuntimeError, ValueError) as error:
-        wrong = f"failed: {type(error).__name__}: {error}"
-    if wrong:
-        what = f"the one-kernel {shape} in {str(x.dtype).removeprefix('torch.')}"
-        warnings.warn(f"fastres: {what} is switched off on {x.device}: {wrong}", RuntimeWarning, stacklevel=6)
-        return wrong
-    mine, theirs = microseconds(lambda: ours(kernels)), microseconds(separate)
-    return "" if mine < theirs else f"separate convolutions take {theirs:.0f} us, one kernel {mine:.0f} us"
+def _verdict(candidates, x: Tensor, shape: BottleneckShape, separate, ours) -> tuple[str, object]:
+    """(why separate convolutions serve or "", the fastest candidate that is right or None)."""
+    faults, times = [], {}
+    for kernels in candidates:
+        try:
+            wrong = check(kernels, x.device, x.dtype, shape)
+        except (RuntimeError, ValueError) as error:
+            wrong = f"failed: {type(error).__name__}: {error}"
+        if wrong:
+            version = getattr(kernels, "version", "")
+            what = f"the one-kernel {shape} in {str(x.dtype).removeprefix('torch.')}{f', {version},' * bool(version)}"
+            warnings.warn(f"fastres: {what} is switched off on {x.device}: {wrong}", RuntimeWarning, stacklevel=6)
+            faults.append(wrong)
+        else:
+            times[kernels] = microseconds(lambda k=kernels: ours(k))
+    if not times:
+        return "; ".join(faults), None
+    best = min(times, key=times.get)
+    theirs = microseconds(separate)
+    if times[best] < theirs:
+        return "", best
+    return f"separate convolutions take {theirs:.0f} us, one kernel {times[best]:.0f} us", None
 
 
 def microseconds(run: Callable[[], object]) -> float:
@@ -157,7 +179,7 @@ def check(kernels, device, dtype: torch.dtype, shape: BottleneckShape) -> str:
     with torch.no_grad():
         for whole in (True, False):
             x, w1, w2, w3, projection, bias = data(small, device, dtype, whole)
-            weights = fragments.bottleneck(w1, w2, w3, projection)
+            weights = packing(kernels)(w1, w2, w3, projection)
             out, again = (
                 torch.full((small.N, small.K, small.H, small.W), math.nan, dtype=dtype, device=device).to(
                     memory_format=torch.channels_last

@@ -41,6 +41,14 @@ void start(int dtype, const HopperShape& s, i64 N, const void* x, const void* we
 
 }  // namespace
 
+bool has_sm90a() {
+#if defined(FASTRES_SM90A) || defined(FASTRES_EMULATE)
+    return true;
+#else
+    return false;
+#endif
+}
+
 void bottleneck_hopper(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, i64 mid, i64 K, int projected,
                        const void* weights, const void* bias, void* out, i64 ctx) {
     require(dtype == kBF16 || dtype == kF16, "dtype code is 1 (bfloat16) or 2 (float16)", dtype);
@@ -67,6 +75,7 @@ void bottleneck_hopper(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, i64
     require(H * W * most(C, K) < (i64{1} << 31), "an image has fewer than 2^31 elements", H * W * most(C, K));
     s.tiles = static_cast<int>(tiles);
     if (s.tiles == 0) return;
+    if (!has_sm90a()) throw std::runtime_error("bottleneck_hopper: this was not compiled for sm_90a");
     if (!is_hopper()) throw std::runtime_error("bottleneck_hopper: the GPU is not of compute capability 9.0");
     if (mid == 64) {
         projected ? start<Narrow, true>(dtype, s, N, x, weights, bias, out, ctx)

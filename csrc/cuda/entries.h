@@ -11,6 +11,7 @@ inline void cuda_entries(pybind11::module_& m) {
     ENTRY(shifted_rows);
     ENTRY(bottleneck_eval);
     ENTRY(bottleneck_hopper);
+    m.def("has_sm90a", &has_sm90a);
 }
 
 }  // namespace FASTRES_BACKEND

@@ -27,7 +27,7 @@ class Folded:
 
     def __init__(self, weight: Tensor, bias: Tensor):
         self.weight, self.bias, self.packed = weight, bias, None
-        self.stream: tuple[Tensor, Tensor] | None = None  # of a block's first unit: the whole block packed
+        self.streams: dict = {}  # of a block's first unit: the whole block packed, by what packed it
 
 
 _CACHE: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
@@ -116,15 +116,16 @@ def folded_block(owner: nn.Module, x: Tensor, convs: Sequence[ConvBN], shortcut:
 
 def _in_one(kernels, x: Tensor, shape, units: list[Folded]) -> Tensor:
     """The block by the kernel that serves it."""
-    if units[0].stream is None:
-        units[0].stream = whole_block.pack(units)
+    packing = whole_block.packing(kernels)
+    if packing not in units[0].streams:
+        units[0].streams[packing] = whole_block.pack(units, packing)
     given, x = x, nhwc(x)
     if x.data_ptr() % 16:
         x = x.clone(memory_format=torch.channels_last)
     out = torch.empty(
         (shape.N, shape.K, shape.H, shape.W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
-    kernels.bottleneck_eval(x, *units[0].stream, shape.mid, shape.projected, out)
+    kernels.bottleneck_eval(x, *units[0].streams[packing], shape.mid, shape.projected, out)
     return as_given(out, given)
 
 
