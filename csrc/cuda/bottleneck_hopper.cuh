@@ -213,6 +213,15 @@ DEVICE void expand(const HopperShape& s, const Seat& seat, const HopperPlace& at
             }
         }
     }
+    Word4 ahead[P::kOutTiles][2][2];  // of the residual, for the next round: [tile][32 channels][half]
+    const auto load_ahead = [&](int channel) {
+#pragma unroll
+        for (int t = 0; t < P::kOutTiles; ++t) {
+#pragma unroll
+            for (int g = 0; g < 2; ++g) load_pixels(ahead[t][g], x, pixel[t], s.C, channel + 32 * g);
+        }
+    };
+    if constexpr (!kProjected) load_ahead(0);
 #pragma unroll 1
     for (int channel = 0; channel < s.K; channel += kBlockK) {
         u32 w = weights;
@@ -222,14 +231,6 @@ DEVICE void expand(const HopperShape& s, const Seat& seat, const HopperPlace& at
         } else {
             stage = reader.take();
             w = ring + static_cast<u32>(stage * P::kStageBytes);
-        }
-        Word4 residual[P::kOutTiles][2][2];  // [tile][32 channels][half]
-        if constexpr (!kProjected) {
-#pragma unroll
-            for (int t = 0; t < P::kOutTiles; ++t) {
-#pragma unroll
-                for (int g = 0; g < 2; ++g) load_pixels(residual[t][g], x, pixel[t], s.C, channel + 32 * g);
-            }
         }
         float z[P::kOutTiles][kBlockK / 2];
         clear(z);
@@ -250,6 +251,15 @@ DEVICE void expand(const HopperShape& s, const Seat& seat, const HopperPlace& at
                 }
             }
             warpgroup_commit();
+        }
+        Word4 residual[P::kOutTiles][2][2];
+        if constexpr (!kProjected) {
+#pragma unroll
+            for (int t = 0; t < P::kOutTiles; ++t) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) residual[t][i / 2][i % 2] = ahead[t][i / 2][i % 2];
+            }
+            if (channel + kBlockK < s.K) load_ahead(channel + kBlockK);
         }
         warpgroup_wait<0>();
         settle(z);
