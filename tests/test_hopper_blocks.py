@@ -19,7 +19,7 @@ from fastres import nn as fnn
 from fastres.backends import cuda, fragments, hopper_kernels, planes
 from fastres.backends.block_kernels import BottleneckShape
 from fastres.backends.one_pass import Chip
-from fastres.codegen import block_model
+from fastres.codegen import block_model, hopper_model
 
 CPU = torch.device("cpu")
 H100 = Chip("H100", 132, 227 * 1024, 228 * 1024)
@@ -264,8 +264,8 @@ def test_traffic(hopper):
     assert counted["loaded_once"] + counted["stored"] == pytest.approx(block_model.memory_bytes(shape), rel=0.001)
     # Of each of 4 tiles the halo inside of the image, x again for the shortcut, the weights once; the biases once a
     # lane (lanes that read one address share it on a GPU, not in this count).
-    biases = 4 * 128 * (2 * 2 * 16 * 2 + 8 * 8 + 2 * 4 * 2 * 16)
-    assert counted["loaded"] == block_model.loaded_bytes(shape, block_model.HOPPER, blocks=1) + biases
+    biases = 4 * 128 * (2 * 32 + 8 * 8 + 4 * 2 * 32)
+    assert counted["loaded"] == hopper_model.loaded_bytes(shape, blocks=1) + biases
     assert counted["store_conflicts"] == 0 and counted["wavefronts"] > 0
 
 
