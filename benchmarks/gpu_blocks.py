@@ -6,6 +6,7 @@ Each row is one residual block with folded batch normalisations: our kernel, the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import timing
@@ -13,7 +14,6 @@ import torch
 from torch.nn import functional as F
 
 from fastres import dispatch, whole_block
-from fastres.backends import fragments
 from fastres.backends.block_kernels import BottleneckShape
 
 BATCHES = (1, 8, 64, 256)
@@ -36,7 +36,17 @@ def layers(batch: int) -> tuple[BottleneckShape, ...]:
 
 
 def right(emit, kernels, device, shapes) -> bool:
-    """Every shape in both dtypes against float64 and on integers, exactly."""
+    """Every shape in both dtypes against float64 and on integers, exactly; each version of the kernel."""
+    return all([_right(functools.partial(emit, version=label(k)), k, device, shapes)
+                for k in whole_block.versions(kernels)])  # fmt: skip
+
+
+def label(kernels) -> str:
+    """Of a version of the kernel."""
+    return getattr(kernels, "version", "portable")
+
+
+def _right(emit, kernels, device, shapes) -> bool:
     if not hasattr(kernels, "bottleneck_eval"):
         emit(kind="block", status="refused", why=f"{kernels.name} has no such kernels")
         return True
@@ -54,7 +64,7 @@ def right(emit, kernels, device, shapes) -> bool:
 def contestants(kernels, shape: BottleneckShape, device, dtype) -> dict[str, Callable[[], torch.Tensor]]:
     """Ways to compute one block on the same data; those of PyTorch only where there is a GPU."""
     x, w1, w2, w3, projection, bias = whole_block.data(shape, device, dtype, whole=False)
-    weights = fragments.bottleneck(w1, w2, w3, projection)
+    weights = whole_block.packing(kernels)(w1, w2, w3, projection)
     out = torch.empty((shape.N, shape.K, shape.H, shape.W), dtype=dtype, device=device)
     out = out.to(memory_format=torch.channels_last)
     b1, b2, b3 = (b.to(dtype) for b in bias.split((shape.mid, shape.mid, shape.K)))
@@ -84,8 +94,13 @@ def contestants(kernels, shape: BottleneckShape, device, dtype) -> dict[str, Cal
 def run(emit, device, backend: str, rehearsal: bool) -> bool:
     kernels = dispatch.load(backend)
     good = right(emit, kernels, device, SMALL[:1] if rehearsal else (*SMALL, *layers(2)))
-    if not hasattr(kernels, "bottleneck_eval"):
-        return good
+    if hasattr(kernels, "bottleneck_eval"):
+        for version in whole_block.versions(kernels):
+            _time(functools.partial(emit, version=label(version)), version, device, rehearsal)
+    return good
+
+
+def _time(emit, kernels, device, rehearsal: bool) -> None:
     for batch in (1,) if rehearsal else BATCHES:
         for shape in SMALL[:1] if rehearsal else layers(batch):
             reasons = kernels.why_not_bottleneck(device, torch.bfloat16, shape)
@@ -100,4 +115,3 @@ def run(emit, device, backend: str, rehearsal: bool) -> bool:
             flops = 2 * shape.N * shape.H * shape.W * shape.weights
             emit(kind="block", shape=str(shape), dtype="bfloat16", median_us=mine, others_us=medians,
                  tflops=flops / mine * 1e-6, speedup=min(medians.values()) / mine)  # fmt: skip
-    return good
