@@ -19,11 +19,11 @@ namespace FASTRES_BACKEND {
 #define FASTRES_NAMES_32                                                                                   \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
     "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTRES_NAMES_64                                                                                       \
-    FASTRES_NAMES_32                                                                                           \
-        ", "                                                                                                   \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
-        "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FASTRES_NAMES_64                                                                                   \
+    FASTRES_NAMES_32                                                                                       \
+    ", "                                                                                                   \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+    "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // [64, n] += A [64, 16] * B [16, n]; `left` is A's operand, a descriptor or registers, the others operand numbers.
 #define FASTRES_PRODUCT(n, type, names, left, right, accumulate, major)                                         \
