@@ -6,6 +6,7 @@ that ``fastres.nn`` would take instead, cuDNN's fused calls (convolution, bias, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import timing
@@ -49,16 +50,23 @@ def why_not(kernels, device, dtype, shape: whole_block.Shape) -> list[str]:
     return [f"{kernels.name} has no such kernel"] if ask is None else ask(device, dtype, shape)
 
 
+def label(kernels) -> str:
+    """Of a version of the kernel."""
+    return getattr(kernels, "version", "portable")
+
+
 def right(emit, kernels, device, shapes) -> bool:
-    """Every shape in both dtypes against float64 and on integers, exactly."""
+    """Every shape in both dtypes against float64 and on integers, exactly; each version of the kernel."""
     good = True
     for shape in shapes:
-        for dtype in (torch.bfloat16, torch.float16):
-            reasons = why_not(kernels, device, dtype, shape)
-            wrong = "" if reasons else whole_block.check(kernels, device, dtype, shape)
-            status = "refused" if reasons else "failed" if wrong else "passed"
-            emit(kind="block", shape=str(shape), dtype=str(dtype), status=status, why="; ".join(reasons) or wrong)
-            good &= not wrong
+        for version in whole_block.versions(kernels, shape):
+            for dtype in (torch.bfloat16, torch.float16):
+                reasons = why_not(version, device, dtype, shape)
+                wrong = "" if reasons else whole_block.check(version, device, dtype, shape)
+                status = "refused" if reasons else "failed" if wrong else "passed"
+                emit(kind="block", shape=str(shape), version=label(version), dtype=str(dtype), status=status,
+                     why="; ".join(reasons) or wrong)  # fmt: skip
+                good &= not wrong
     return good
 
 
@@ -144,15 +152,20 @@ def run(emit, device, backend: str, rehearsal: bool) -> bool:
     good = right(emit, kernels, device, REHEARSED if rehearsal else (*SMALL, *layers(2)))
     for batch in (1,) if rehearsal else BATCHES:
         for shape in REHEARSED if rehearsal else layers(batch):
-            reasons = why_not(kernels, device, torch.bfloat16, shape)
-            if reasons:
-                emit(kind="block", shape=str(shape), status="refused", why="; ".join(reasons))
-                continue
-            medians = {}
-            for name, call in contestants(kernels, shape, device, torch.bfloat16).items():
-                times = timing.device_times(call, device, 2 if rehearsal else 30)
-                medians[name] = sorted(times)[len(times) // 2] * 1e6
-            mine = medians.pop("one kernel")
-            emit(kind="block", shape=str(shape), dtype="bfloat16", median_us=mine, others_us=medians,
-                 tflops=flops(shape) / mine * 1e-6, speedup=min(medians.values()) / mine)  # fmt: skip
+            for version in whole_block.versions(kernels, shape):
+                _time(functools.partial(emit, kind="block", version=label(version)), version, shape, device, rehearsal)
     return good
+
+
+def _time(emit, kernels, shape: whole_block.Shape, device, rehearsal: bool) -> None:
+    reasons = why_not(kernels, device, torch.bfloat16, shape)
+    if reasons:
+        emit(shape=str(shape), status="refused", why="; ".join(reasons))
+        return
+    medians = {}
+    for name, call in contestants(kernels, shape, device, torch.bfloat16).items():
+        times = timing.device_times(call, device, 2 if rehearsal else 30)
+        medians[name] = sorted(times)[len(times) // 2] * 1e6
+    mine = medians.pop("one kernel")
+    emit(shape=str(shape), dtype="bfloat16", median_us=mine, others_us=medians,
+         tflops=flops(shape) / mine * 1e-6, speedup=min(medians.values()) / mine)  # fmt: skip

@@ -36,8 +36,8 @@ TYPICAL = (
     BottleneckShape(8, 28, 28, 512, 128, 512, False),
 )
 
-#: (device index, dtype, shape) -> why the separate convolutions serve, or "" where the kernel does.
-_verdicts: dict[tuple, str] = {}
+#: (device index, dtype, shape) -> why the separate convolutions serve, or "" where a kernel does, and which.
+_verdicts: dict[tuple, tuple[str, object]] = {}
 _lock = threading.Lock()
 _RUNS = 7
 
@@ -81,16 +81,21 @@ def _is(conv, shape: tuple[int, ...], stride: int, padding: int) -> bool:
     return tuple(conv.weight.shape) == shape and geometry == ((stride,) * 2, (padding,) * 2, (1, 1), 1)
 
 
-def pack(units) -> tuple[Tensor, Tensor]:
+def packing(kernels, shape: Shape) -> Callable[..., Tensor]:
+    """What packs the weights as ``kernels`` read them."""
+    if isinstance(shape, BottleneckShape):
+        return kernels.pack_bottleneck
+    return fragments.basic_block if isinstance(shape, BasicBlockShape) else fragments.stem
+
+
+def pack(units, packing: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
     """(weights, bias) as the kernel reads them, from folded units: of a stem one, of a basic block two, of a bottleneck
-    three, and the projection's if there is one."""
+    three, and the projection's if there is one. ``packing``: of :func:`packing`."""
     weights = [unit.weight for unit in units]
     bias = [unit.bias.float() for unit in units]
-    if len(units) < 3:
-        packed = fragments.stem(*weights) if len(units) == 1 else fragments.basic_block(*weights)
-        return packed, torch.cat(bias).contiguous()
-    last = bias[2] if len(bias) == 3 else bias[2] + bias[3]
-    return fragments.bottleneck(*weights), torch.cat((bias[0], bias[1], last)).contiguous()
+    if len(bias) == 4:
+        bias[2:] = [bias[2] + bias[3]]
+    return packing(*weights), torch.cat(bias).contiguous()
 
 
 def compute(kernels, shape: Shape, x: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
@@ -120,19 +125,27 @@ def kernels_for(x: Tensor, shape: Shape, separate: Callable[[], Tensor], ours: C
     """The backend whose kernel serves the block on ``x``, or None. ``ours(kernels)`` and ``separate()`` compute it."""
     name = dispatch.forced() or ("cuda" if x.device.type == "cuda" else "")
     kernels = dispatch.load(name) if name else None
-    why_not = getattr(kernels, f"why_not_{shape.op}", None)
-    if why_not is None or not x.numel() or why_not(x.device, x.dtype, shape):
+    asked = f"why_not_{shape.op}"
+    if not hasattr(kernels, asked) or not x.numel():
         return None
-    if dispatch.forced():
-        return kernels
+    candidates = [k for k in versions(kernels, shape) if not getattr(k, asked)(x.device, x.dtype, shape)]
+    if not candidates or dispatch.forced():
+        return candidates[0] if candidates else None
     key = (x.device.index, x.dtype, shape)
     verdict = _verdicts.get(key)
     if verdict is None:
         if torch.cuda.is_current_stream_capturing():
             return None  # no verdict can be had now; a later call may have one
         with _lock:
-            verdict = _verdicts[key] = _verdict(kernels, x, shape, separate, ours)
-    return None if verdict else kernels
+            verdict = _verdicts[key] = _verdict(candidates, x, shape, separate, ours)
+    return verdict[1]
+
+
+def versions(kernels, shape: Shape) -> list:
+    """The backend and its versions for one architecture alone, which differ in bottlenecks only. A forced backend takes
+    the first that serves."""
+    special = getattr(kernels, "hopper", None) if isinstance(shape, BottleneckShape) else None
+    return [kernels] if special is None else [kernels, special]
 
 
 def forget() -> None:
@@ -142,20 +155,31 @@ def forget() -> None:
 
 def verdicts() -> dict[str, str]:
     """What was decided in this process: block in words -> why separate convolutions serve it, or ""."""
-    return {f"{shape}, {str(dtype).removeprefix('torch.')}": why for (_, dtype, shape), why in _verdicts.items()}
+    return {f"{shape}, {str(dtype).removeprefix('torch.')}": why for (_, dtype, shape), (why, _) in _verdicts.items()}
 
 
-def _verdict(kernels, x: Tensor, shape: Shape, separate, ours) -> str:
-    try:
-        wrong = check(kernels, x.device, x.dtype, shape)
-    except (RuntimeError, ValueError) as error:
-        wrong = f"failed: {type(error).__name__}: {error}"
-    if wrong:
-        what = f"the one-kernel {shape} in {str(x.dtype).removeprefix('torch.')}"
-        warnings.warn(f"fastres: {what} is switched off on {x.device}: {wrong}", RuntimeWarning, stacklevel=6)
-        return wrong
-    mine, theirs = microseconds(lambda: ours(kernels)), microseconds(separate)
-    return "" if mine < theirs else f"separate convolutions take {theirs:.0f} us, one kernel {mine:.0f} us"
+def _verdict(candidates, x: Tensor, shape: Shape, separate, ours) -> tuple[str, object]:
+    """(why separate convolutions serve or "", the fastest candidate that is right or None)."""
+    faults, times = [], {}
+    for kernels in candidates:
+        try:
+            wrong = check(kernels, x.device, x.dtype, shape)
+        except (RuntimeError, ValueError) as error:
+            wrong = f"failed: {type(error).__name__}: {error}"
+        if wrong:
+            version = getattr(kernels, "version", "")
+            what = f"the one-kernel {shape} in {str(x.dtype).removeprefix('torch.')}{f', {version},' * bool(version)}"
+            warnings.warn(f"fastres: {what} is switched off on {x.device}: {wrong}", RuntimeWarning, stacklevel=6)
+            faults.append(wrong)
+        else:
+            times[kernels] = microseconds(lambda k=kernels: ours(k))
+    if not times:
+        return "; ".join(faults), None
+    best = min(times, key=times.get)
+    theirs = microseconds(separate)
+    if times[best] < theirs:
+        return "", best
+    return f"separate convolutions take {theirs:.0f} us, one kernel {times[best]:.0f} us", None
 
 
 def microseconds(run: Callable[[], object]) -> float:

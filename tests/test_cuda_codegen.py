@@ -42,9 +42,10 @@ def test_table_is_complete():
     """Every kernel of every source on every architecture, each without spills."""
     texts = [path.read_text() for path in (cuda.ROOT / "csrc" / "cuda").glob("*.cu*")]
     kernels = {name for text in texts for name in re.findall(r"^(\w+)_kernel\(", text, re.M)}
-    assert len(kernels) == 20
+    assert len(kernels) == 21
     tables, whole_blocks = page().split("## Whole blocks")
     assert whole_blocks.count("\n| sm_") == 12 * len(cuda.ARCHITECTURES)
+    assert page().split("## On sm_90a alone")[1].count("\n| bottleneck_hopper") == 2 * len(cuda.HOPPER_BLOCKS)
     sections = re.split(r"^## sm_(\w+)$", tables, flags=re.M)
     assert tuple(sections[1::2]) == cuda.ARCHITECTURES
     for table in sections[2::2]:
@@ -120,8 +121,28 @@ def test_problems_of_a_stem():
 
 
 @pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, ""),
+        ({"tensor": (22, 0, 9, 52)}, "no UTMALDG"),
+        ({"tensor": (0, 0, 0, 0), "arch": "100"}, ""),
+        ({"shared": 2500}, "233924 bytes of shared memory; the limit is 233472"),
+    ],
+)
+def test_problems_on_hopper(change, words):
+    variant = ("bfloat16", "Narrow", "1")
+    row = cuda.Row("90a", "b.cu", "bottleneck_hopper", variant, 168, 1120, 16, 16, 0, 0, (22, 7, 9, 52))
+    problems = dataclasses.replace(row, **change).problems
+    assert len(problems) == (words != "") and words in "".join(problems)
+
+
+@pytest.mark.parametrize(
     ("symbol", "expected"),
     [
+        (
+            "_ZN4cuda24bottleneck_hopper_kernelINS_4bf16ENS_4WideELb0EEEvNS_11HopperShapeE14CUtensorMap_st",
+            ("bottleneck_hopper", ("bfloat16", "Wide", "0")),
+        ),
         ("_ZN4cuda8k_kernelINS_4bf16ELi128ELb0EEEvv", ("k", ("bfloat16", "128", "0"))),
         ("_ZN4cuda15mask_add_kernelIfNS_6ScalarEEEvNS_4RowsEPKT_S4_PKhPS2_", ("mask_add", ("float32", "Scalar"))),
         ("_ZN4cuda6a_kernINS_4bf16ENS_6VectorENS_10NoResidualEEEvv", None),

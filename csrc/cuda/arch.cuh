@@ -50,6 +50,7 @@ struct tf32 {
 
 // min_blocks per SM bounds the registers: 65536 / (256 * min_blocks).
 #define KERNEL(min_blocks) __global__ void __launch_bounds__(FASTRES_BACKEND::kThreads, min_blocks)
+#define KERNEL_OF(threads) __global__ void __launch_bounds__(threads, 1)
 #define DEVICE __device__ __forceinline__
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #define SHARED(T, name, n) __shared__ T name[n]
@@ -160,14 +161,14 @@ void start_with_shared(const char* name, const void* kernel, i64 grid_x, i64 gri
     require_launched(name, grid_x, grid_y, error);
 }
 
-// `launch` with dynamic shared memory for each block.
-template <class... P>
+// `launch` with dynamic shared memory for each block; kBlock threads in one for a KERNEL_OF(kBlock).
+template <int kBlock = kThreads, class... P>
 void launch_with_shared(const char* name, void (*kernel)(P...), i64 grid_x, i64 grid_y, i64 shared_bytes, i64 ctx,
                         std::common_type_t<P>... args) {
     const void* const function = reinterpret_cast<const void*>(kernel);
     start_with_shared(name, function, grid_x, grid_y, shared_bytes, [&](dim3 blocks) {
         void* params[] = {static_cast<void*>(&args)...};
-        return cudaLaunchKernel(function, blocks, dim3(kThreads), params, static_cast<std::size_t>(shared_bytes),
+        return cudaLaunchKernel(function, blocks, dim3(kBlock), params, static_cast<std::size_t>(shared_bytes),
                                 reinterpret_cast<cudaStream_t>(ctx));
     });
 }

@@ -100,6 +100,15 @@ inline TensorMap tensor_map(const TensorLayout& t) {
     return map;
 }
 
+// Whether the current device runs what this file is for.
+inline bool is_hopper() {
+    int device = 0, major = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+    return major == 9;
+}
+
 // ---- shared window
 
 DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
@@ -129,6 +138,23 @@ DEVICE void barrier_wait(std::uint64_t* bars, i64 i, u32 parity) {
 }
 // What this thread wrote to shared memory is seen by the copies and products that come after the next barrier.
 DEVICE void fence_async() { FASTRES_HOPPER("fence.proxy.async.shared::cta;" :: : "memory"); }
+
+// ---- threads that meet without the rest of the block; what they wrote to shared memory before is seen by all of them
+
+DEVICE void sync_warp() { __syncwarp(); }
+// `threads` of them, whole warps; id 1..15.
+DEVICE void sync_group(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// ---- registers of a thread from here on, for all warps of a warpgroup; the launch gave each as many
+
+template <int kCount>
+DEVICE void fewer_registers() {
+    FASTRES_HOPPER("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+DEVICE void more_registers() {
+    FASTRES_HOPPER("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
 
 // ---- bulk copies; `bytes` is announced to the barrier by barrier_arrive_expect
 
@@ -182,6 +208,14 @@ DEVICE void store_wait() {
 
 // ---- warpgroup products
 
+// Registers of a product, behind the wait before they are read and before the fence after they were written: the
+// compiler moves neither across.
+template <int N>
+DEVICE void settled(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+DEVICE void settled(u32& v) { asm volatile("" : "+r"(v)::"memory"); }
 // Before the first product, and wherever accumulators or A registers were touched since.
 DEVICE void warpgroup_fence() { FASTRES_HOPPER("wgmma.fence.sync.aligned;" :: : "memory"); }
 DEVICE void warpgroup_commit() { FASTRES_HOPPER("wgmma.commit_group.sync.aligned;" :: : "memory"); }
@@ -190,23 +224,8 @@ DEVICE void warpgroup_wait() {
     FASTRES_HOPPER("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
 
-// d [64, 64] += A [64, 16] * B [16, 64] in bfloat16; kTranspose: MN-major. All four warps of a warpgroup call it.
-template <class T, int N, bool kTransposeA, bool kTransposeB>
-DEVICE void warpgroup_multiply(float (&d)[N / 2], std::uint64_t a, std::uint64_t b, bool accumulate) {
-    static_assert(N == 64, "one size so far");
-    FASTRES_HOPPER(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "%32, %33, p, 1, 1, %35, %36;\n}" : "+f"(d[0]),
-        "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]),
-        "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
-        "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]),
-        "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]) : "l"(a), "l"(b),
-        "r"(static_cast<int>(accumulate)), "n"(kTransposeA ? 1 : 0), "n"(kTransposeB ? 1 : 0));
-}
-
 }  // namespace FASTRES_BACKEND
+
+#include "arch_wgmma.cuh"
 
 #endif

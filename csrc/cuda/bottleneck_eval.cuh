@@ -82,16 +82,6 @@ DEVICE void clear(Sums<kRowsPerWarp, kTiles>& d) {
     }
 }
 
-// Eight channels. Loaded where they are needed: not before, as there are no registers to keep them.
-DEVICE void load_bias(float (&b)[kVec], const float* bias) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const Word4 v = load16_or_zero(bias + 4 * half, true);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) b[4 * half + j] = bits_float(v.w[j]);
-    }
-}
-
 // conv1 on the halo, into the first kHaloPixels * kPitch of shared memory; zero outside of the image.
 template <class T, int kMid, class S, class W>
 DEVICE void conv1(const BottleneckShape& s, const T* x, const float* bias, const TilePlace& at, S shared, W& weights) {

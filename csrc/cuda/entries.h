@@ -12,6 +12,8 @@ inline void cuda_entries(pybind11::module_& m) {
     ENTRY(bottleneck_eval);
     ENTRY(basic_block_eval);
     ENTRY(stem_eval);
+    ENTRY(bottleneck_hopper);
+    m.def("has_sm90a", &has_sm90a);
 }
 
 }  // namespace FASTRES_BACKEND

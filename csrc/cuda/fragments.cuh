@@ -119,6 +119,16 @@ DEVICE void row_of(float (&v)[kVec], const float (&d)[kTiles][4], int first, int
     }
 }
 
+// Eight channels. Loaded where they are needed: not before, as there are no registers to keep them.
+DEVICE void load_bias(float (&b)[kVec], const float* bias) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const Word4 v = load16_or_zero(bias + 4 * half, true);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) b[4 * half + j] = bits_float(v.w[j]);
+    }
+}
+
 // A NaN passes, as in PyTorch.
 DEVICE float relu(float v) { return v <= 0.0f ? 0.0f : v; }
 

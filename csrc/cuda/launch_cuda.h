@@ -33,6 +33,12 @@ void shifted_rows(const void* x, const void* identity, i64 shift, int planar, vo
 // float16; every address a multiple of 16 bytes. Throws std::invalid_argument for sizes that it has no kernel for.
 void bottleneck_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, i64 mid, i64 K, int projected,
                      const void* weights, const void* bias, void* out, i64 ctx);
+// The same for sm_90 alone, with weights packed by fastres/backends/planes.py. Throws std::runtime_error on another GPU
+// and where has_sm90a() is false.
+void bottleneck_hopper(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, i64 mid, i64 K, int projected,
+                       const void* weights, const void* bias, void* out, i64 ctx);
+// Whether this was compiled for sm_90a.
+bool has_sm90a();
 
 // ---- basic block in evaluation, likewise: out [N, H, W, C] = relu(conv2(relu(conv1(x) + b1)) + b2 + x), both 3x3 with
 // stride and padding 1. bias float [b1, b2].

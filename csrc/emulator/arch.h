@@ -13,6 +13,7 @@
 #include "machine.h"
 
 #define KERNEL(min_blocks) void
+#define KERNEL_OF(threads) void
 #define DEVICE inline
 #define HOST_DEVICE inline
 #define SHARED(T, name, n)            \
@@ -155,10 +156,10 @@ void launch(const char* name, void (*kernel)(P...), i64 grid_x, i64 grid_y, i64 
     Machine::current().run(name, {grid_x, grid_y, kThreads}, static_cast<std::uint64_t>(ctx), [&] { kernel(args...); });
 }
 
-template <class... P>
+template <int kBlock = kThreads, class... P>
 void launch_with_shared(const char* name, void (*kernel)(P...), i64 grid_x, i64 grid_y, i64 shared_bytes, i64 ctx,
                         std::common_type_t<P>... args) {
-    Machine::current().run(name, {grid_x, grid_y, kThreads, static_cast<std::size_t>(shared_bytes)},
+    Machine::current().run(name, {grid_x, grid_y, kBlock, static_cast<std::size_t>(shared_bytes)},
                            static_cast<std::uint64_t>(ctx), [&] { kernel(args...); });
 }
 

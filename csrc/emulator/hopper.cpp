@@ -118,6 +118,22 @@ void Hopper::wait(Machine& m, SharedArray& array, std::size_t i, std::uint32_t p
     order.acquire(m.thread(), b.released);
 }
 
+void Hopper::meet(Machine& m, int id, std::uint32_t count, const char* kind, Site site) {
+    Barrier& b = meetings_[id];
+    if (b.expected && b.expected != count) {
+        m.fault(std::string(kind) + ": " + std::to_string(count) + " threads meet where " + std::to_string(b.expected) +
+                " did before");
+    }
+    if (!b.expected) b.expected = b.pending = count;
+    Order::join(b.gathered, order.release(m.thread()));
+    const std::uint64_t phase = b.completed;
+    --b.pending;
+    advance(b);
+    const std::function<bool()> ready = [&] { return b.completed != phase; };
+    m.wait_until(ready, kind, site);
+    order.acquire(m.thread(), b.released);
+}
+
 // ---- loads
 
 void Hopper::issue(Machine& m, Load load) {

@@ -62,6 +62,9 @@ class Hopper {
     void arrive(Machine& m, SharedArray& array, std::size_t i, std::uint32_t bytes);
     void wait(Machine& m, SharedArray& array, std::size_t i, std::uint32_t parity, Site site);
 
+    // `count` threads meet at `id`, again and again.
+    void meet(Machine& m, int id, std::uint32_t count, const char* kind, Site site);
+
     // ---- loads: the chunks are taken from the threads at once; `fill` writes them when they land
     struct Load {
         SharedArray* target;
@@ -117,6 +120,7 @@ class Hopper {
     static void advance(Barrier& b);
 
     std::unordered_map<const void*, Barrier> barriers_;  // by the trace of their word
+    std::unordered_map<int, Barrier> meetings_;
     std::vector<Flight> flights_;
     std::vector<Thread> threads_;
 };

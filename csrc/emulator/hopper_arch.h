@@ -13,6 +13,8 @@ using fastres::emulator::kSharedBase;
 using TensorMap = TensorLayout;
 #define TENSOR_MAP FASTRES_BACKEND::TensorMap
 
+inline bool is_hopper() { return std::string(fastres::emulator::chip().name) == "sm_90a"; }
+
 inline TensorMap tensor_map(const TensorLayout& t) {
     require_layout(t);
     return t;
@@ -67,12 +69,28 @@ inline void fence_async() {
     m.hopper().order.fence(m.thread());
 }
 
+inline void sync_warp(Site site = Site::current()) {
+    Machine& m = Machine::current();
+    m.hopper().meet(m, -1 - m.thread() / kWarp, kWarp, "sync_warp", site);
+}
+inline void sync_group(int id, int threads, Site site = Site::current()) {
+    Machine& m = Machine::current();
+    if (id < 1 || id > 15 || threads % kWarp) m.fault("sync_group: id must be 1..15, threads whole warps");
+    m.hopper().meet(m, id, threads, "sync_group", site);
+}
+
+template <int kCount>
+void fewer_registers() {}
+template <int kCount>
+void more_registers() {}
+
 // ---- bulk copies
 
 inline void load_bulk(SharedView<Word4> store, i64 i, const void* source, u32 bytes, SharedView<std::uint64_t> bars,
                       i64 bar) {
     Machine& m = Machine::current();
     if (bytes % 16 || reinterpret_cast<std::uintptr_t>(source) % 16) m.fault("load_bulk: not a multiple of 16 bytes");
+    if (m.meter.on) m.meter.load(source, bytes);
     Hopper::Load load{&store.array(), {}, {}, &bars.array(), static_cast<std::size_t>(bar)};
     for (u32 c = 0; c < bytes / 16; ++c) load.chunks.push_back(static_cast<std::size_t>(i) + c);
     load.fill = [=](unsigned char* target) { std::memcpy(target + i * 16, source, bytes); };
@@ -131,7 +149,12 @@ void load_tensor(SharedView<Word4> store, i64 i, const TensorMap& map, const int
         pieces.push_back({hopper::chunk_at(array, to, "load_tensor"), line, first, n, inside});
     });
     Hopper::Load load{&array, {}, {}, &bars.array(), static_cast<std::size_t>(bar)};
-    for (const Piece& p : pieces) load.chunks.push_back(p.chunk);
+    for (const Piece& p : pieces) {
+        load.chunks.push_back(p.chunk);
+        if (m.meter.on && p.inside && p.first >= 0 && p.first + p.n <= static_cast<i64>(map.dims[0])) {
+            m.meter.load(p.line + p.first * static_cast<i64>(map.element), kChunk);
+        }
+    }
     load.fill = [pieces, map](unsigned char* target) {
         for (const Piece& p : pieces) {
             unsigned char* const to = target + p.chunk * kChunk;
@@ -227,21 +250,33 @@ double widened(u32 bits) {
 }
 
 template <class T>
-double element(Machine& m, fastres::emulator::SharedArray& array, const Matrix& matrix, int mn, int k) {
+double element(fastres::emulator::SharedArray& array, const Matrix& matrix, int mn, int k) {
     const std::uint64_t address = matrix.address(mn, k);
-    m.hopper().on_async_read(m, array, chunk_at(array, address, "warpgroup_multiply"));
+    chunk_at(array, address, "warpgroup_multiply");
     std::uint16_t bits;
     std::memcpy(&bits, array.bytes.data() + (address - kSharedBase), sizeof bits);
     return widened<T>(bits);
+}
+
+// The running thread's share of a read that its warp makes as one: each chunk of rows [0, rows) is checked by a lane.
+inline void check_share(Machine& m, fastres::emulator::SharedArray& array, const Matrix& matrix, int rows, int lane) {
+    for (int mn = 0; mn < rows; ++mn) {
+        for (int k = 0; k < 16; k += matrix.mn_major ? 1 : 8) {
+            if (matrix.mn_major ? mn % 8 != 0 || (mn / 8 + k) % kWarp != lane : (mn + k / 8 * 16) % kWarp != lane) {
+                continue;
+            }
+            m.hopper().on_async_read(m, array, chunk_at(array, matrix.address(mn, k), "warpgroup_multiply"));
+        }
+    }
 }
 
 inline void require_fence(Machine& m) {
     if (!m.hopper().products_fenced(m.thread())) m.fault("warpgroup_multiply without a warpgroup_fence before it");
 }
 
-// Queues one product; a(row, k) is an element of A.
+// Queues one product; load(row, left) gives the 16 elements of a row of A.
 template <class T, int N, bool kTransposeB, class A>
-void product(float (&d)[N / 2], std::uint64_t b, bool accumulate, A a) {
+void product(float (&d)[N / 2], std::uint64_t b, bool accumulate, A load) {
     Machine& m = Machine::current();
     require_fence(m);
     Hopper& h = m.hopper();
@@ -250,17 +285,19 @@ void product(float (&d)[N / 2], std::uint64_t b, bool accumulate, A a) {
     fastres::emulator::SharedArray& array = m.dynamic_shared(sizeof(Word4), Site::current());
     h.enqueue(thread, Hopper::kProducts, [=, &m, &array, d = &d[0]] {
         const Matrix right(b, kTransposeB);
-        for (int half = 0; half < 2; ++half) {
-            double left[16];
-            for (int k = 0; k < 16; ++k) left[k] = a(row + 8 * half, k);
-            for (int j = 0; j < N / 8; ++j) {
-                for (int e = 0; e < 2; ++e) {
-                    double sum = 0;
-                    for (int k = 0; k < 16; ++k) {
-                        sum += left[k] * element<T>(m, array, right, 8 * j + lane % 4 * 2 + e, k);
-                    }
+        check_share(m, array, right, N, lane);
+        double left[2][16];
+        for (int half = 0; half < 2; ++half) load(row + 8 * half, left[half]);
+        for (int j = 0; j < N / 8; ++j) {
+            for (int e = 0; e < 2; ++e) {
+                double sum[2] = {};
+                for (int k = 0; k < 16; ++k) {
+                    const double v = element<T>(array, right, 8 * j + lane % 4 * 2 + e, k);
+                    for (int half = 0; half < 2; ++half) sum[half] += left[half][k] * v;
+                }
+                for (int half = 0; half < 2; ++half) {
                     float& to = (*sums)[static_cast<std::size_t>(4 * j + 2 * half + e)];
-                    to = static_cast<float>((accumulate ? static_cast<double>(to) : 0.0) + sum);
+                    to = static_cast<float>((accumulate ? static_cast<double>(to) : 0.0) + sum[half]);
                 }
             }
         }
@@ -270,6 +307,9 @@ void product(float (&d)[N / 2], std::uint64_t b, bool accumulate, A a) {
 
 }  // namespace hopper
 
+template <int N>
+void settled(float (&)[N]) {}
+inline void settled(u32&) {}
 inline void warpgroup_fence() { Machine::current().hopper().products_fenced(Machine::current().thread()) = true; }
 
 // d [64, N] += A [64, 16] * B [16, N]: both from shared memory. All four warps of a warpgroup call it.
@@ -282,8 +322,13 @@ void warpgroup_multiply(float (&d)[N / 2], std::uint64_t a, std::uint64_t b, boo
         if (same[lane] != same[0]) m.fault("warpgroup_multiply: lanes of one warp have different descriptors");
     }
     fastres::emulator::SharedArray& array = m.dynamic_shared(sizeof(Word4), site);
-    hopper::product<T, N, kTransposeB>(d, b, accumulate, [a, &m, &array](int row, int k) {
-        return hopper::element<T>(m, array, hopper::Matrix(a, kTransposeA), row, k);
+    hopper::product<T, N, kTransposeB>(d, b, accumulate, [a, &m, &array](int row, double* left) {
+        const hopper::Matrix matrix(a, kTransposeA);
+        for (int k = 0; k < 16; ++k) {
+            const std::uint64_t address = matrix.address(row, k);
+            m.hopper().on_async_read(m, array, hopper::chunk_at(array, address, "warpgroup_multiply"));
+            left[k] = hopper::element<T>(array, matrix, row, k);
+        }
     });
 }
 
@@ -309,9 +354,11 @@ void warpgroup_multiply(float (&d)[N / 2], const u32 (&a)[4], std::uint64_t b, b
             rows[static_cast<std::size_t>(8 * half + 4 + q)] = theirs.hi;
         }
     }
-    hopper::product<T, N, kTransposeB>(d, b, accumulate, [rows](int row, int k) {
-        const u32 word = rows[static_cast<std::size_t>(8 * (k / 8) + row % 16 / 8 * 4 + k % 8 / 2)];
-        return hopper::widened<T>(word >> (16 * (k % 2)) & 0xffffu);
+    hopper::product<T, N, kTransposeB>(d, b, accumulate, [rows](int row, double* left) {
+        for (int k = 0; k < 16; ++k) {
+            const u32 word = rows[static_cast<std::size_t>(8 * (k / 8) + row % 16 / 8 * 4 + k % 8 / 2)];
+            left[k] = hopper::widened<T>(word >> (16 * (k % 2)) & 0xffffu);
+        }
     });
 }
 

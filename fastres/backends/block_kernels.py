@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from fastres.backends import native
+from fastres.backends import fragments, native
 from fastres.backends.conv_checks import activation
 
 
@@ -89,6 +89,9 @@ def why_not_bottleneck(shape: BottleneckShape, dtype: torch.dtype, chip) -> list
 class Launcher:
     """`why_not_bottleneck` and the launch functions."""
 
+    #: What packs the weights for `bottleneck_eval`.
+    pack_bottleneck = staticmethod(fragments.bottleneck)
+
     def why_not_bottleneck(self, device: torch.device, dtype: torch.dtype, shape: BottleneckShape) -> list[str]:
         """Reasons why the block cannot be one kernel here; empty if it can."""
         reasons = [reason for reason in (self.missing, self._device_reason(device)) if reason]
@@ -97,7 +100,7 @@ class Launcher:
     def bottleneck_eval(self, x, weights, bias, mid: int, projected: bool, out) -> None:
         """``out`` ``[N, K, H, W]`` of x ``[N, C, H, W]``, both channels_last; see ``csrc/cuda/launch_cuda.h``.
 
-        ``weights``: of ``fragments.bottleneck``. ``bias``: float32 ``[2 * mid + K]``. Everything at multiples of 16
+        ``weights``: of `pack_bottleneck`. ``bias``: float32 ``[2 * mid + K]``. Everything at multiples of 16
         bytes. Raises TypeError or ValueError naming the argument before anything is written.
         """
         fn = "bottleneck_eval"

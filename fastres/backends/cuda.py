@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from fastres.backends import block_kernels, eval_kernels, native, one_pass
+from fastres.backends import block_kernels, eval_kernels, hopper_kernels, native, one_pass
 from fastres.backends.trusted import Trusted, current_device, current_stream, elsewhere, native_functions
 
 #: Oldest GPU the kernels are compiled for by default (docs/kernels/cuda.md).
@@ -59,6 +59,15 @@ class _Kernels(one_pass.Launcher, block_kernels.Launcher, eval_kernels.Launcher,
         return _tiles(M, C)
 
     @functools.cached_property
+    def hopper(self) -> hopper_kernels.Hopper:
+        """The bottleneck's version for sm_90 alone."""
+        return hopper_kernels.Hopper(self)
+
+    def not_hopper(self, device: torch.device) -> str:
+        """Why sm_90a code cannot run on ``device``, "" if it can."""
+        raise NotImplementedError
+
+    @functools.cached_property
     def trusted(self) -> Trusted:
         """The launch functions without their checks, for the ops."""
         return Trusted(self, self.unchecked())
@@ -98,6 +107,12 @@ class _Cuda(_Kernels):
     def chip(self, device: torch.device) -> one_pass.Chip:
         return one_pass.chip_of(device.index)
 
+    def not_hopper(self, device: torch.device) -> str:
+        if not self.module.has_sm90a():
+            return "this build has no code for sm_90a (FASTRES_CUDA_ARCHS)"
+        capability = torch.cuda.get_device_capability(device)
+        return "" if capability == (9, 0) else "compute capability 9.0 is needed, got {}.{}".format(*capability)
+
     def invoke(self, fn: str, device: torch.device, *args) -> None:
         # The module's own CUDA runtime launches into the context that is current on this thread.
         if device.index == current_device():
@@ -123,6 +138,10 @@ class _Emulator(_Kernels):
 
     def chip(self, device: torch.device) -> one_pass.Chip:
         return one_pass.Chip(**self.module.chip())
+
+    def not_hopper(self, device: torch.device) -> str:
+        name = self.chip(device).name
+        return "" if name == "sm_90a" else f"sm_90a is needed, got {name}"
 
     def _ctx(self, device: torch.device) -> int:
         return self._seed

@@ -97,6 +97,8 @@ def convolutions(pixels: int, convs, chip: Chip) -> float:
 
 def text(markdown) -> str:
     """The section of the page. ``markdown`` renders a header and rows."""
+    from fastres.codegen import hopper_model
+
     parts = [
         f"""## Evaluation bottlenecks in one kernel
 
@@ -123,5 +125,7 @@ was faster at first use.
                 f"{loaded_bytes(s) / units:.1f}",
             ]
             rows.append([*cells, f"{t.overlapped:.0f}-{t.serial:.0f}", f"{t.separate:.0f}", gain])
+            if name == hopper_model.CHIP:
+                rows.append(hopper_model.row(what, s, t.separate))
     head = ["block", "chip", "units, DRAM", "units, L2", "us, one kernel", "us, separate", "shorter by"]
-    return "\n".join([*parts, markdown(head, rows)])
+    return "\n".join([*parts, markdown(head, rows), hopper_model.TEXT])

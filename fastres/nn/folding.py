@@ -27,7 +27,7 @@ class Folded:
 
     def __init__(self, weight: Tensor, bias: Tensor):
         self.weight, self.bias, self.packed = weight, bias, None
-        self.stream: tuple[Tensor, Tensor] | None = None  # of a block's first unit: the whole block packed
+        self.streams: dict = {}  # of a block's first unit: the whole block packed, by what packed it
 
 
 _CACHE: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
@@ -116,9 +116,10 @@ def folded_block(owner: nn.Module, x: Tensor, convs: Sequence[ConvBN], shortcut:
 
 def _in_one(kernels, x: Tensor, shape, units: list[Folded]) -> Tensor:
     """The block, or stem, by the kernel that serves it."""
-    if units[0].stream is None:
-        units[0].stream = whole_block.pack(units)
-    return as_given(whole_block.compute(kernels, shape, x, units[0].stream), x)
+    packing = whole_block.packing(kernels, shape)
+    if packing not in units[0].streams:
+        units[0].streams[packing] = whole_block.pack(units, packing)
+    return as_given(whole_block.compute(kernels, shape, x, units[0].streams[packing]), x)
 
 
 def folded_stem(owner: nn.Module, x: Tensor, conv: ConvBN, kernel: int, stride: int, padding: int) -> Tensor:
