@@ -56,13 +56,15 @@ def pack(units) -> tuple[Tensor, Tensor]:
     return fragments.bottleneck(*weights), torch.cat((bias[0], bias[1], last)).contiguous()
 
 
-def kernels_for(x: Tensor, shape: BottleneckShape, separate: Callable[[], Tensor], ours: Callable[..., Tensor]):
-    """The backend whose kernel serves the block on ``x``, or None. ``ours(kernels)`` and ``separate()`` compute it."""
+def kernels_for(x: Tensor, shape, separate: Callable[[], Tensor], ours: Callable[..., Tensor], *,
+                ask: str = "why_not_bottleneck", proof: Callable[..., str] | None = None):  # fmt: skip
+    """The backend whose kernel serves the unit ``shape`` on ``x``, or None. ``ours(kernels)`` and ``separate()``
+    compute it; the backend's ``ask`` says what hinders it, ``proof`` (default `check`) what is wrong with its values.
+    """
     name = dispatch.forced() or ("cuda" if x.device.type == "cuda" else "")
     kernels = dispatch.load(name) if name else None
-    if kernels is None or not hasattr(kernels, "why_not_bottleneck") or not x.numel():
-        return None
-    if kernels.why_not_bottleneck(x.device, x.dtype, shape):
+    why_not = getattr(kernels, ask, None)
+    if why_not is None or not x.numel() or why_not(x.device, x.dtype, shape):
         return None
     if dispatch.forced():
         return kernels
@@ -72,7 +74,7 @@ def kernels_for(x: Tensor, shape: BottleneckShape, separate: Callable[[], Tensor
         if torch.cuda.is_current_stream_capturing():
             return None  # no verdict can be had now; a later call may have one
         with _lock:
-            verdict = _verdicts[key] = _verdict(kernels, x, shape, separate, ours)
+            verdict = _verdicts[key] = _verdict(kernels, x, shape, separate, ours, proof or check)
     return None if verdict else kernels
 
 
@@ -86,9 +88,9 @@ def verdicts() -> dict[str, str]:
     return {f"{shape}, {str(dtype).removeprefix('torch.')}": why for (_, dtype, shape), why in _verdicts.items()}
 
 
-def _verdict(kernels, x: Tensor, shape: BottleneckShape, separate, ours) -> str:
+def _verdict(kernels, x: Tensor, shape, separate, ours, proof) -> str:
     try:
-        wrong = check(kernels, x.device, x.dtype, shape)
+        wrong = proof(kernels, x.device, x.dtype, shape)
     except (RuntimeError, ValueError) as error:
         wrong = f"failed: {type(error).__name__}: {error}"
     if wrong:
@@ -166,18 +168,25 @@ def check(kernels, device, dtype: torch.dtype, shape: BottleneckShape) -> str:
             )
             for buffer in (out, again):
                 kernels.bottleneck_eval(x, weights, bias, small.mid, small.projected, buffer)
-            if not torch.equal(out, again):
-                return "the output differs from run to run"
             truth = expected(x, w1, w2, w3, projection, bias)
-            if whole:
-                wrong = out != truth.to(dtype)
-                if wrong.any():
-                    return f"differs on integers in {wrong.double().mean().item():.2%} of the output"
-                continue
-            # Three roundings and three sums away from float64; a rounding inside may fall the other way.
-            eps = torch.finfo(dtype).eps
-            limit = (4 * eps + 2 * math.sqrt(9 * small.mid) * torch.finfo(acc_dtype(dtype)).eps) * truth.abs().max()
-            error = (out.double() - truth).abs()
-            if not bool((error <= limit).all()):
-                return f"is off by up to {error.max().item():.3g} of {truth.abs().max().item():.3g}"
+            wrong = fault(out, again, truth, whole, 9 * small.mid)
+            if wrong:
+                return wrong
     return ""
+
+
+def fault(out: Tensor, again: Tensor, truth: Tensor, whole: bool, terms: int, roundings: int = 4) -> str:
+    """What is wrong with ``out`` and ``again``, two runs on the same data, held against float64, or "". On integers
+    (``whole``) every bit counts; else so many roundings and a sum of so many terms are allowed for."""
+    if not torch.equal(out, again):
+        return "the output differs from run to run"
+    if whole:
+        wrong = out != truth.to(out.dtype)
+        return f"differs on integers in {wrong.double().mean().item():.2%} of the output" if wrong.any() else ""
+    # A rounding inside may fall the other way.
+    eps, fine = torch.finfo(out.dtype).eps, torch.finfo(acc_dtype(out.dtype)).eps
+    limit = (roundings * eps + 2 * math.sqrt(terms) * fine) * truth.abs().max()
+    error = (out.double() - truth).abs()
+    if bool((error <= limit).all()):
+        return ""
+    return f"is off by up to {error.max().item():.3g} of {truth.abs().max().item():.3g}"

@@ -147,7 +147,7 @@ def test_bad_input(emulator):
     call("is not served: .* channels inside", mid=32)
     call("must have the 64 channels of x", out=torch.full((1, 128, 14, 14), 7.0, dtype=x.dtype))
     with pytest.raises(ValueError, match="multiples of 16 and 32"):
-        fragments.fragments(torch.zeros(16, 16), loaded=True, stored=True)
+        fragments.fragments(torch.zeros(16, 16), rows="loaded", stored=True)
     with pytest.raises(ValueError, match="bottleneck_eval: mid is 64"):
         emulator.module.bottleneck_eval(1, 16, 1, 1, 1, 64, 96, 64, 0, 16, 16, 16, 0)
 

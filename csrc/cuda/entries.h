@@ -10,6 +10,7 @@ inline void cuda_entries(pybind11::module_& m) {
     ENTRY(bn_one_pass_bwd);
     ENTRY(shifted_rows);
     ENTRY(bottleneck_eval);
+    ENTRY(rotated_stage);
 }
 
 }  // namespace FASTRES_BACKEND

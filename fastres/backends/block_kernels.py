@@ -111,22 +111,27 @@ class Launcher:
             raise ValueError(f"{fn}: out must have the {C} channels of x without a projection, got {shape.K}")
         activation(fn, "x", x, x, x.shape, self.name)
         activation(fn, "out", out, x, (N, shape.K, H, W), self.name)
-        for name, t, dtype, n in (("weights", weights, x.dtype, shape.weights),
-                                  ("bias", bias, torch.float32, 2 * mid + shape.K)):  # fmt: skip
-            if not isinstance(t, torch.Tensor):
-                raise TypeError(f"{fn}: {name} must be a tensor, got {type(t).__name__}")
-            if t.dtype is not dtype or t.device != x.device or t.shape != (n,) or not t.is_contiguous():
-                got = f"{t.dtype} {list(t.shape)} on {t.device}"
-                raise ValueError(f"{fn}: {name} must be contiguous {dtype} [{n}] on {x.device}, got {got}")
-            if t.data_ptr() % 16:
-                raise ValueError(f"{fn}: {name} must be aligned to 16 bytes, got {t.data_ptr():#x}")
-        if out.numel() and any(_overlap(t, out) for t in (x, weights, bias)):
+        check_packed(fn, weights, bias, x, shape.weights, 2 * mid + shape.K)
+        if out.numel() and any(overlap(t, out) for t in (x, weights, bias)):
             raise ValueError(f"{fn}: out must not overlap x, weights or bias in memory")
         pointers = [t.data_ptr() or 0 for t in (x, weights, bias, out)]
         if out.numel():
             self.invoke(fn, a.device, a.code, pointers[0], N, H, W, C, mid, shape.K, int(projected), *pointers[1:])
 
 
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+def check_packed(fn: str, weights, bias, x: torch.Tensor, elements: int, biases: int) -> None:
+    """``weights``: as many elements of the dtype of ``x``; ``bias``: as many float32; both aligned to 16 bytes."""
+    for name, t, dtype, n in (("weights", weights, x.dtype, elements), ("bias", bias, torch.float32, biases)):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{fn}: {name} must be a tensor, got {type(t).__name__}")
+        if t.dtype is not dtype or t.device != x.device or t.shape != (n,) or not t.is_contiguous():
+            got = f"{t.dtype} {list(t.shape)} on {t.device}"
+            raise ValueError(f"{fn}: {name} must be contiguous {dtype} [{n}] on {x.device}, got {got}")
+        if t.data_ptr() % 16:
+            raise ValueError(f"{fn}: {name} must be aligned to 16 bytes, got {t.data_ptr():#x}")
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two dense tensors share memory."""
     first, second = ((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (a, b))
     return first[0] < second[1] and second[0] < first[1]
