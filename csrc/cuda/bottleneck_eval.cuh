@@ -129,7 +129,11 @@ DEVICE void conv2(const BottleneckShape& s, const float* bias, const TilePlace& 
 template <class T, int kMid, bool kProjected, class S, class W>
 DEVICE void conv3(const BottleneckShape& s, const T* x, const float* bias, const TilePlace& at, S shared, W& weights,
                   const u32 (&y2)[kMid / 16][kRowsPerWarp][4], T* out) {
-    constexpr int kSteps = kMid / 16, kFragments = 2 * kSteps * (kProjected ? 2 : 1);
+    constexpr int kSteps = kMid / 16;
+    // With 128 channels inside, conv3's part of 32 channels fills a chunk; the projection's follow in chunks of their
+    // own, each of 128 channels of x, the last one filled up with zeros.
+    constexpr bool kApart = kProjected && kMid == 128;
+    constexpr int kFragments = 2 * kSteps * (kProjected && !kApart ? 2 : 1);
     constexpr int kGroups = kChunkFragments / kFragments;  // of 32 channels in a chunk
     static_assert(kGroups * kFragments == kChunkFragments);
     const int thread = afresh(thread_index()), warp = thread / kWarp, lane = thread % kWarp;
@@ -144,6 +148,9 @@ DEVICE void conv3(const BottleneckShape& s, const T* x, const float* bias, const
         const int stage = weights.take() + lane;
         if (!active) {
             channel += 32 * kGroups;
+            if constexpr (kApart) {
+                for (int c = 0; c < s.C; c += kMid) weights.take();
+            }
             continue;
         }
 #pragma unroll 1
@@ -160,7 +167,19 @@ DEVICE void conv3(const BottleneckShape& s, const T* x, const float* bias, const
             for (int k = 0; k < kSteps; ++k) {
                 step<T, kRowsPerWarp, 4>(z, y2[k], shared, first + 2 * k * kFragmentUnits);
             }
-            if constexpr (kProjected) {
+            if constexpr (kApart) {
+#pragma unroll 1
+                for (int c = 0; c < s.C; c += kMid) {
+                    const int beside = weights.take() + lane;
+#pragma unroll 1
+                    for (int k = 0; k < kSteps; ++k) {  // x from L1
+                        u32 a[kRowsPerWarp][4];
+#pragma unroll
+                        for (int i = 0; i < kRowsPerWarp; ++i) load_operand(a[i], x, pixel[i], s.C, c + 16 * k);
+                        step<T, kRowsPerWarp, 4>(z, a, shared, beside + 2 * k * kFragmentUnits);
+                    }
+                }
+            } else if constexpr (kProjected) {
 #pragma unroll 1
                 for (int k = 0; k < kSteps; ++k) {  // x from L1
                     u32 a[kRowsPerWarp][4];

@@ -29,6 +29,7 @@ void shifted_rows(const void* x, const void* identity, i64 shift, int planar, vo
 // ---- bottleneck in evaluation, batch normalisations folded into the weights, stride 1: out [N, H, W, K] =
 // relu(conv3(relu(conv2(relu(conv1(x) + b1)) + b2)) + b3 + shortcut), x [N, H, W, C]; conv1 1x1 to `mid` channels,
 // conv2 3x3 with padding 1, conv3 1x1. shortcut: x, or with `projected` a 1x1 convolution of x.
+// With a projection any C for mid 128, 64 for mid 64.
 // weights: packed (fastres/backends/fragments.py). bias float [b1, b2, b3], the projection's added to b3. bfloat16 or
 // float16; every address a multiple of 16 bytes. Throws std::invalid_argument for sizes that it has no kernel for.
 void bottleneck_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, i64 mid, i64 K, int projected,

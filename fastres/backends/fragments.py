@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Which channels of k a lane holds, lane t of four. loaded: straight from global memory, 4t..4t+3 of each 16. kept: from
-#: shared memory or a product's registers, 2t, 2t+1, 2t+8, 2t+9. stored: of a product whose columns are in that order,
-#: 8t..8t+7 of each 32. (channels of a block, its shape, where in it steps, half, pair and element of a fragment lie).
+#: Which channels of k a lane holds, lane t of four. loaded: straight from global memory, 4t..4t+3 of each 16. kept:
+#: from shared memory or a product's registers, 2t, 2t+1, 2t+8, 2t+9. stored: of a product whose columns are in that
+#: order, 8t..8t+7 of each 32. (channels of a block, its shape, where in it steps, half, pair and element lie).
 _ROWS = {
     "loaded": (16, (4, 2, 2), (), (1, 0, 2)),
     "kept": (16, (2, 4, 2), (), (0, 1, 2)),
@@ -59,6 +59,8 @@ def bottleneck(w1: Tensor, w2: Tensor, w3: Tensor, projection: Tensor | None = N
     first = fragments(w1[:, :, 0, 0].t(), rows="loaded", stored=True)
     last = fragments(w3[:, :, 0, 0].t(), rows="kept", stored=True).reshape(mid // 16, K // 32, 2, 256)
     if projection is not None:
+        short = -projection.shape[1] % mid if mid == 128 else 0  # its channels come in chunks of 128
+        projection = torch.nn.functional.pad(projection, (0, 0, 0, 0, 0, short))
         beside = fragments(projection[:, :, 0, 0].t(), rows="loaded", stored=True).reshape(-1, K // 32, 2, 256)
         last = torch.cat((last, beside))
     # Of conv3 all steps along k for 32 columns, then the next 32.
