@@ -32,6 +32,8 @@ SHAPES = (
     BottleneckShape(1, 5, 43, 192, 64, 192, False),
     BottleneckShape(2, 13, 16, 64, 64, 128, True),
     BottleneckShape(1, 16, 15, 128, 128, 128, False),
+    BottleneckShape(1, 16, 15, 64, 128, 128, True),
+    BottleneckShape(2, 7, 9, 192, 128, 64, True),
 )
 
 
@@ -106,7 +108,7 @@ def test_nan_and_infinity(emulator):
         ({}, torch.bfloat16, L4, ""),
         ({}, torch.float32, A100, "bfloat16 and float16 are served, not float32"),
         ({"mid": 256}, torch.float16, A100, "channels inside are served, not 256"),
-        ({"mid": 128, "projected": True}, torch.float16, A100, "x"),
+        ({"mid": 128, "C": 192, "projected": True}, torch.float16, L4, ""),
         ({"C": 96}, torch.float16, A100, "multiples of 64 channels are served, not 96 to 64"),
         ({"C": 128, "projected": True}, torch.float16, A100, "a projection is served from 64 channels, not from 128"),
         ({"H": 1 << 20}, torch.float16, A100, "no side 2\\*\\*20 or more"),

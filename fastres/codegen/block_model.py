@@ -18,6 +18,7 @@ MMA_SYNC = {"h100": 0.62}
 #: (what, C, channels inside, K, H, projection): ResNet-50's blocks of stride 1 in the first two stages, batch 64.
 LAYERS = (
     ("first of stage 1", 64, 64, 256, 56, True),
+    ("first of a wide stage 1", 64, 128, 256, 56, True),
     ("stage 1", 256, 64, 256, 56, False),
     ("stage 2", 512, 128, 512, 28, False),
 )
