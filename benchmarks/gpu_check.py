@@ -79,7 +79,7 @@ STAGES = (
     _stage("tune-64", "the same for batch 64"),
     _stage("bandwidth", "GB/s of every launch function on ResNet-50 layers, and its share of a plain copy"),
     _stage("one-pass", "batch normalisation in one cooperative launch: right, and its time beside separate launches"),
-    _stage("blocks", "evaluation bottlenecks in one kernel: right, and their time beside cuDNN's and torch.compile's"),
+    _stage("blocks", "evaluation bottlenecks in one kernel or as rotated units: right, and their time beside cuDNN's"),
     _stage("shift", "whether a warpgroup product may begin at any row of a shared tile, as the emulator models it"),
     _stage("op-times", "each op, forward and backward: eager, torch.compile, both GPU backends"),
     _stage("train-64", "a resnet50 training step, batch 64, bf16: eager, torch.compile, fastres, CUDA graphs; memory"),

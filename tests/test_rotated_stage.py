@@ -1,4 +1,4 @@
-"""The rotated unit of a stage in one CUDA kernel, on the emulator: right, at every edge, its traffic, planted faults."""
+"""The rotated unit of a stage in one CUDA kernel, on the emulator: values at every edge, traffic, planted faults."""
 
 from __future__ import annotations
 
@@ -176,8 +176,8 @@ def test_bad_input(emulator):
     call("bias must be contiguous torch.float32", next=None, weights=fragments.rotated(w2, w3))
     with pytest.raises(ValueError, match="rotated_stage: tile_w is a multiple of 8 up to 256, got 12"):
         emulator.module.rotated_stage(1, 16, 16, 1, 8, 8, 64, 64, 8, 12, 16, 16, 16, 16, 0)
-    with pytest.raises(ValueError, match="rotated_stage: a tile and its halo fit into shared memory, got 578"):
-        emulator.module.rotated_stage(1, 16, 16, 1, 32, 32, 64, 64, 32, 15 + 1, 16, 16, 16, 16, 0)
+    with pytest.raises(ValueError, match="rotated_stage: a tile and its halo fit into shared memory, got 612"):
+        emulator.module.rotated_stage(1, 16, 16, 1, 32, 32, 64, 64, 32, 16, 16, 16, 16, 16, 0)
 
 
 def test_empty(emulator):
