@@ -80,7 +80,7 @@ STAGES = (
     _stage("bandwidth", "GB/s of every launch function on ResNet-50 layers, and its share of a plain copy"),
     _stage("one-pass", "batch normalisation in one cooperative launch: right, and its time beside separate launches"),
     _stage(
-        "blocks", "evaluation blocks and stems in one kernel: right, and their time beside cuDNN's and torch.compile's"
+        "blocks", "evaluation blocks, stems and rotated units: right, and their time beside cuDNN's and torch.compile's"
     ),
     _stage("shift", "whether a warpgroup product may begin at any row of a shared tile, as the emulator models it"),
     _stage("op-times", "each op, forward and backward: eager, torch.compile, both GPU backends"),

@@ -28,6 +28,7 @@ import gpu_blocks  # noqa: E402
 import gpu_conv  # noqa: E402
 import gpu_cudnn  # noqa: E402
 import gpu_one_pass  # noqa: E402
+import gpu_rotated  # noqa: E402
 import gpu_shift  # noqa: E402
 import kernel_cases  # noqa: E402
 import launch_tests  # noqa: E402
@@ -163,6 +164,7 @@ def launch_once() -> bool:
         emit(kind="sanitized", function=function, status="ran")
     kernels = dispatch.load(served.backend)
     good &= gpu_blocks.right(emit, kernels, DEVICE, gpu_blocks.REHEARSED if REHEARSAL else gpu_blocks.SMALL)
+    good &= gpu_rotated.right(emit, kernels, DEVICE, gpu_rotated.SMALL[:1] if REHEARSAL else gpu_rotated.SMALL)
     return good & gpu_one_pass.right(emit, kernels, DEVICE, ((7, 67), (64, 300)))
 
 
@@ -310,7 +312,7 @@ STAGES: dict[str, Callable[[], bool]] = {
     "bandwidth": bandwidth,
     "op-times": op_times,
     "shift": lambda: gpu_shift.run(emit, DEVICE, stand_in("cuda")),
-    "blocks": lambda: gpu_blocks.run(emit, DEVICE, stand_in("cuda"), REHEARSAL),
+    "blocks": lambda: all([unit.run(emit, DEVICE, stand_in("cuda"), REHEARSAL) for unit in (gpu_blocks, gpu_rotated)]),
     "one-pass": lambda: gpu_one_pass.run(emit, DEVICE, stand_in("cuda"), REHEARSAL),
     "conv-kernels": lambda: gpu_conv.conv_kernels(emit, REHEARSAL),
     "tune-256": lambda: gpu_conv.tune(emit, REHEARSAL, 256),

@@ -38,7 +38,7 @@ TYPICAL = (
 
 #: (device index, dtype, shape) -> why the separate convolutions serve, or "" where a kernel does, and which.
 _verdicts: dict[tuple, tuple[str, object]] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # timing a run of blocks may need verdicts on its blocks
 _RUNS = 7
 
 
@@ -121,8 +121,11 @@ def compute(kernels, shape: Shape, x: Tensor, packed: tuple[Tensor, Tensor]) -> 
     return out
 
 
-def kernels_for(x: Tensor, shape: Shape, separate: Callable[[], Tensor], ours: Callable[..., Tensor]):
-    """The backend whose kernel serves the block on ``x``, or None. ``ours(kernels)`` and ``separate()`` compute it."""
+def kernels_for(x: Tensor, shape, separate: Callable[[], Tensor], ours: Callable[..., Tensor],
+                proof: Callable[..., str] | None = None):  # fmt: skip
+    """The backend whose kernel serves the unit ``shape`` on ``x``, or None. ``ours(kernels)`` and ``separate()``
+    compute it; the backend's ``why_not_<shape.op>`` says what hinders it, ``proof`` (default `check`) what is wrong
+    with its values."""
     name = dispatch.forced() or ("cuda" if x.device.type == "cuda" else "")
     kernels = dispatch.load(name) if name else None
     asked = f"why_not_{shape.op}"
@@ -137,11 +140,11 @@ def kernels_for(x: Tensor, shape: Shape, separate: Callable[[], Tensor], ours: C
         if torch.cuda.is_current_stream_capturing():
             return None  # no verdict can be had now; a later call may have one
         with _lock:
-            verdict = _verdicts[key] = _verdict(candidates, x, shape, separate, ours)
+            verdict = _verdicts[key] = _verdict(candidates, x, shape, separate, ours, proof or check)
     return verdict[1]
 
 
-def versions(kernels, shape: Shape) -> list:
+def versions(kernels, shape) -> list:
     """The backend and its versions for one architecture alone, which differ in bottlenecks only. A forced backend takes
     the first that serves."""
     special = getattr(kernels, "hopper", None) if isinstance(shape, BottleneckShape) else None
@@ -158,12 +161,12 @@ def verdicts() -> dict[str, str]:
     return {f"{shape}, {str(dtype).removeprefix('torch.')}": why for (_, dtype, shape), (why, _) in _verdicts.items()}
 
 
-def _verdict(candidates, x: Tensor, shape: Shape, separate, ours) -> tuple[str, object]:
+def _verdict(candidates, x: Tensor, shape, separate, ours, proof) -> tuple[str, object]:
     """(why separate convolutions serve or "", the fastest candidate that is right or None)."""
     faults, times = [], {}
     for kernels in candidates:
         try:
-            wrong = check(kernels, x.device, x.dtype, shape)
+            wrong = proof(kernels, x.device, x.dtype, shape)
         except (RuntimeError, ValueError) as error:
             wrong = f"failed: {type(error).__name__}: {error}"
         if wrong:
@@ -211,17 +214,24 @@ def check(kernels, device, dtype: torch.dtype, shape: Shape) -> str:
             )
             for buffer in (out, again):
                 launch(kernels, buffer)
-            if not torch.equal(out, again):
-                return "the output differs from run to run"
-            if whole:
-                wrong = out != truth.to(dtype)
-                if wrong.any():
-                    return f"differs on integers in {wrong.double().mean().item():.2%} of the output"
-                continue
-            # Three roundings and three sums away from float64; a rounding inside may fall the other way.
-            eps = torch.finfo(dtype).eps
-            limit = (4 * eps + 2 * math.sqrt(terms) * torch.finfo(acc_dtype(dtype)).eps) * truth.abs().max()
-            error = (out.double() - truth).abs()
-            if not bool((error <= limit).all()):
-                return f"is off by up to {error.max().item():.3g} of {truth.abs().max().item():.3g}"
+            wrong = fault(out, again, truth, whole, terms)
+            if wrong:
+                return wrong
     return ""
+
+
+def fault(out: Tensor, again: Tensor, truth: Tensor, whole: bool, terms: int, roundings: int = 4) -> str:
+    """What is wrong with ``out`` and ``again``, two runs on the same data, held against float64, or "". On integers
+    (``whole``) every bit counts; else so many roundings and a sum of so many terms are allowed for."""
+    if not torch.equal(out, again):
+        return "the output differs from run to run"
+    if whole:
+        wrong = out != truth.to(out.dtype)
+        return f"differs on integers in {wrong.double().mean().item():.2%} of the output" if wrong.any() else ""
+    # A rounding inside may fall the other way.
+    eps, fine = torch.finfo(out.dtype).eps, torch.finfo(acc_dtype(out.dtype)).eps
+    limit = (roundings * eps + 2 * math.sqrt(terms) * fine) * truth.abs().max()
+    error = (out.double() - truth).abs()
+    if bool((error <= limit).all()):
+        return ""
+    return f"is off by up to {error.max().item():.3g} of {truth.abs().max().item():.3g}"

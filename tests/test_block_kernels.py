@@ -32,6 +32,8 @@ SHAPES = (
     BottleneckShape(1, 5, 43, 192, 64, 192, False),
     BottleneckShape(2, 13, 16, 64, 64, 128, True),
     BottleneckShape(1, 16, 15, 128, 128, 128, False),
+    BottleneckShape(1, 16, 15, 64, 128, 128, True),
+    BottleneckShape(2, 7, 9, 192, 128, 64, True),
 )
 
 
@@ -106,7 +108,7 @@ def test_nan_and_infinity(emulator):
         ({}, torch.bfloat16, L4, ""),
         ({}, torch.float32, A100, "bfloat16 and float16 are served, not float32"),
         ({"mid": 256}, torch.float16, A100, "channels inside are served, not 256"),
-        ({"mid": 128, "projected": True}, torch.float16, A100, "not 128 with a projection"),
+        ({"mid": 128, "C": 192, "projected": True}, torch.float16, L4, ""),
         ({"C": 96}, torch.float16, A100, "multiples of 64 channels are served, not 96 to 64"),
         ({"C": 128, "projected": True}, torch.float16, A100, "a projection is served from 64 channels, not from 128"),
         ({"H": 1 << 20}, torch.float16, A100, "no side 2\\*\\*20 or more"),
@@ -147,7 +149,7 @@ def test_bad_input(emulator):
     call("is not served: .* channels inside", mid=32)
     call("must have the 64 channels of x", out=torch.full((1, 128, 14, 14), 7.0, dtype=x.dtype))
     with pytest.raises(ValueError, match="multiples of 16 and 32"):
-        fragments.fragments(torch.zeros(16, 16), loaded=True, stored=True)
+        fragments.fragments(torch.zeros(16, 16), rows="loaded", stored=True)
     with pytest.raises(ValueError, match="bottleneck_eval: mid is 64"):
         emulator.module.bottleneck_eval(1, 16, 1, 1, 1, 64, 96, 64, 0, 16, 16, 16, 0)
 
@@ -256,6 +258,8 @@ def test_check_catches(emulator):
     shape = SHAPES[0]
 
     class Wrong:
+        pack_bottleneck = staticmethod(fragments.bottleneck)
+
         def __init__(self, value):
             self.value = value
 

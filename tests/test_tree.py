@@ -44,7 +44,7 @@ LAYERS = (
     # Plain data; a stopwatch; torch alone; what figures share; the machine.
     ("fastres.problem", "fastres.bench.timing", "fastres.graphs", "fastres.drawing", "fastres.machine"),
     ("fastres.backends", "fastres.library", "fastres.memory"),
-    ("fastres.verify", "fastres.dispatch", "fastres.convolution", "fastres.whole_block"),
+    ("fastres.verify", "fastres.dispatch", "fastres.convolution", "fastres.whole_block", "fastres.rotated"),
     (
         "fastres.tuning",
         "fastres.tuning_cache",
@@ -56,6 +56,7 @@ LAYERS = (
         "fastres.riding",
         "fastres.block_trials",
         "fastres.whole_block",
+        "fastres.rotated",
     ),  # fmt: skip
     ("fastres.ops",),
     ("fastres.testing",),

@@ -38,7 +38,7 @@ template <class T, int kMid, int kWidth, class S, class W>
 DEVICE void conv3x3(Sums<kRowsPerWarp, kMid / 8>& d, int pixel, bool active, S shared, W& weights) {
     constexpr int kTiles = kMid / 8, kParts = kMid * kMid / 4096, kSteps = 256 / kMid;  // chunks of a tap, their steps
     const int lane = afresh(thread_index()) % kWarp;
-    clear<kTiles>(d);
+    clear(d);
 #pragma unroll 1
     for (int r = 0; r < 3; ++r) {
 #pragma unroll 1

@@ -27,6 +27,8 @@ void choose(const BottleneckShape& s, i64 mid, int projected, const void* x, con
         start<T, 64, true>(s, x, weights, bias, out, ctx);
     } else if (mid == 64) {
         start<T, 64, false>(s, x, weights, bias, out, ctx);
+    } else if (projected) {
+        start<T, 128, true>(s, x, weights, bias, out, ctx);
     } else {
         start<T, 128, false>(s, x, weights, bias, out, ctx);
     }
@@ -37,8 +39,9 @@ void choose(const BottleneckShape& s, i64 mid, int projected, const void* x, con
 void bottleneck_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, i64 mid, i64 K, int projected,
                      const void* weights, const void* bias, void* out, i64 ctx) {
     require(dtype == kBF16 || dtype == kF16, "dtype code is 1 (bfloat16) or 2 (float16)", dtype);
-    require(mid == 64 || (mid == 128 && !projected), "mid is 64, or 128 without a projection", mid);
-    require(projected ? C == mid : C == K, "C is mid with a projection, else K", C);
+    require(mid == 64 || mid == 128, "mid is 64 or 128", mid);
+    require(projected || C == K, "C is K without a projection", C);
+    require(!projected || mid == 128 || C == 64, "C is 64 with a projection and mid 64", C);
     require(C > 0 && C % 64 == 0 && C < kMaxSize, "C is a multiple of 64", C);
     require(K > 0 && K % 64 == 0 && K < kMaxSize, "K is a multiple of 64", K);
     require(N >= 0 && N < kMaxSize, "N is 0..2^20", N);
@@ -59,7 +62,8 @@ void bottleneck_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, i64 m
     require(tiles < kMaxTiles, "there are fewer than 2^30 tiles of 14 x 14 pixels", tiles);
     require(H * W * most(C, K) < (i64{1} << 31), "an image has fewer than 2^31 elements", H * W * most(C, K));
     s.tiles = static_cast<int>(tiles);
-    s.chunks = static_cast<int>((C * mid + 9 * mid * mid + mid * K + (projected ? C * K : 0)) / (kChunkUnits * kVec));
+    s.chunks = static_cast<int>((C * mid + 9 * mid * mid + mid * K + (projected ? ceil_div(C, mid) * mid * K : 0)) /
+                                (kChunkUnits * kVec));
     if (s.tiles == 0) return;
     if (dtype == kBF16) {
         choose<bf16>(s, mid, projected, x, weights, bias, out, ctx);

@@ -6,7 +6,7 @@
 // global memory and registers 16 bytes a lane. All weights come through one stream of chunks, read again from L2 for
 // every tile; the stream runs on from tile to tile.
 #pragma once
-#include "fragments.cuh"
+#include "taps.cuh"
 
 namespace FASTRES_BACKEND {
 
@@ -23,19 +23,11 @@ struct BottleneckShape {
     int chunks;                   // of weights
 };
 
-// One Word4 more than the channels take: eight pixels in a row, from any pixel on, lie in distinct banks.
-template <int kMid>
-constexpr int kPitch = kMid / kVec + 1;
-
 template <int kMid>
 constexpr int kBlocksEach = kMid == 64 ? 2 : 1;  // on a multiprocessor
 
 template <int kMid>
 constexpr i64 kSharedBytes = (kHaloPixels * kPitch<kMid> + kStages * kChunkUnits) * i64{16};
-
-struct TilePlace {
-    int image, h0, w0;
-};
 
 DEVICE TilePlace place_of(const BottleneckShape& s, int tile) {
     const int row = tile / s.tiles_w;
@@ -70,18 +62,6 @@ DEVICE PixelPair pixels(const BottleneckShape& s, int h, int w0, int columns, in
     return pair;
 }
 
-template <int kTiles>
-DEVICE void clear(Sums<kRowsPerWarp, kTiles>& d) {
-#pragma unroll
-    for (int i = 0; i < kRowsPerWarp; ++i) {
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) d[i][j][e] = 0;
-        }
-    }
-}
-
 // conv1 on the halo, into the first kHaloPixels * kPitch of shared memory; zero outside of the image.
 template <class T, int kMid, class S, class W>
 DEVICE void conv1(const BottleneckShape& s, const T* x, const float* bias, const TilePlace& at, S shared, W& weights) {
@@ -91,7 +71,7 @@ DEVICE void conv1(const BottleneckShape& s, const T* x, const float* bias, const
     u32 ahead[kRowsPerWarp][4];
     x = image_of<16>(s, x, at, s.C, lane);
     Sums<kRowsPerWarp, kTiles> d;
-    clear<kTiles>(d);
+    clear(d);
 #pragma unroll
     for (int i = 0; i < kRowsPerWarp; ++i) {
         from[i] = pixels(s, at.h0 - 1 + kRowsPerWarp * warp + i, at.w0 - 1, kHalo, lane);
@@ -121,11 +101,7 @@ DEVICE void conv1(const BottleneckShape& s, const T* x, const float* bias, const
         for (int i = 0; i < kRowsPerWarp; ++i) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                float y[kVec];
-                row_of<kTiles>(y, d[i], 4 * group, e);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) y[j] += b[j];
-                Word4 packed = relu_pack<T>(y);
+                Word4 packed = activated<T, kTiles>(d[i], 4 * group, e, b);
                 if (from[i].p[e] < 0) packed = Word4{{0, 0, 0, 0}};  // padding is zero after the bias
                 const int pixel = (kRowsPerWarp * warp + i) * kHalo + lane / 4 + 8 * e;
                 store_shared16(shared, pixel * kPitch<kMid> + 4 * group + lane % 4, packed);
@@ -138,54 +114,26 @@ DEVICE void conv1(const BottleneckShape& s, const T* x, const float* bias, const
 template <class T, int kMid, class S, class W>
 DEVICE void conv2(const BottleneckShape& s, const float* bias, const TilePlace& at, S shared, W& weights,
                   u32 (&y2)[kMid / 16][kRowsPerWarp][4]) {
-    constexpr int kTiles = kMid / 8, kParts = kMid * kMid / 4096, kSteps = 256 / kMid;  // chunks of a tap, their steps
     const int thread = afresh(thread_index()), warp = thread / kWarp, lane = thread % kWarp;
     // A product has 16 rows, the tile 14 columns: the last two lanes' rows repeat the 14th and are dropped.
-    const int column = least(lane % 16, kTile - 1);
-    const bool active = has_output(s, at, warp);
-    Sums<kRowsPerWarp, kTiles> d;
-    clear<kTiles>(d);
-#pragma unroll 1
-    for (int r = 0; r < 3; ++r) {
-#pragma unroll 1
-        for (int t = 0; t < 3; ++t) {
-            const int pixel = (kRowsPerWarp * warp + r) * kHalo + column + t;
+    const int pixel = kRowsPerWarp * warp * kHalo + least(lane % 16, kTile - 1);
+    int unit[kRowsPerWarp];
 #pragma unroll
-            for (int part = 0; part < kParts; ++part) {
-                const int stage = weights.take() + lane;
-                if (!active) continue;
-#pragma unroll
-                for (int k = 0; k < kSteps; ++k) {
-                    u32 a[kRowsPerWarp][4];
-#pragma unroll
-                    for (int i = 0; i < kRowsPerWarp; ++i) {
-                        load_matrix<4, false>(a[i], shared,
-                                              (pixel + i * kHalo) * kPitch<kMid> + 2 * (part * kSteps + k) + lane / 16);
-                    }
-                    step<T, kRowsPerWarp, kTiles>(d, a, shared, stage + k * kTiles / 2 * kFragmentUnits);
-                }
-            }
-        }
-    }
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-        const Word2 b = load8_or_zero(bias + 8 * j + lane % 4 * 2, true);
-#pragma unroll
-        for (int i = 0; i < kRowsPerWarp; ++i) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                y2[j / 2][i][j % 2 * 2 + e] =
-                    pack2<T>(relu(d[i][j][2 * e] + bits_float(b.w[0])), relu(d[i][j][2 * e + 1] + bits_float(b.w[1])));
-            }
-        }
-    }
+    for (int i = 0; i < kRowsPerWarp; ++i) unit[i] = (pixel + i * kHalo) * kPitch<kMid> + lane / 16;
+    Sums<kRowsPerWarp, kMid / 8> d;
+    taps<T, kMid>(d, unit, kHalo * kPitch<kMid>, has_output(s, at, warp), shared, weights);
+    operand_of<T, kMid>(y2, d, bias);
 }
 
 // conv3, shortcut and output, 32 channels at a time.
 template <class T, int kMid, bool kProjected, class S, class W>
 DEVICE void conv3(const BottleneckShape& s, const T* x, const float* bias, const TilePlace& at, S shared, W& weights,
                   const u32 (&y2)[kMid / 16][kRowsPerWarp][4], T* out) {
-    constexpr int kSteps = kMid / 16, kFragments = 2 * kSteps * (kProjected ? 2 : 1);
+    constexpr int kSteps = kMid / 16;
+    // With 128 channels inside, conv3's part of 32 channels fills a chunk; the projection's follow in chunks of their
+    // own, each of 128 channels of x, the last one filled up with zeros.
+    constexpr bool kApart = kProjected && kMid == 128;
+    constexpr int kFragments = 2 * kSteps * (kProjected && !kApart ? 2 : 1);
     constexpr int kGroups = kChunkFragments / kFragments;  // of 32 channels in a chunk
     static_assert(kGroups * kFragments == kChunkFragments);
     const int thread = afresh(thread_index()), warp = thread / kWarp, lane = thread % kWarp;
@@ -200,6 +148,9 @@ DEVICE void conv3(const BottleneckShape& s, const T* x, const float* bias, const
         const int stage = weights.take() + lane;
         if (!active) {
             channel += 32 * kGroups;
+            if constexpr (kApart) {
+                for (int c = 0; c < s.C; c += kMid) weights.take();
+            }
             continue;
         }
 #pragma unroll 1
@@ -210,13 +161,25 @@ DEVICE void conv3(const BottleneckShape& s, const T* x, const float* bias, const
                 for (int i = 0; i < kRowsPerWarp; ++i) load_pixels(residual[i], x, pixel[i], s.C, channel);
             }
             Sums<kRowsPerWarp, 4> z;
-            clear<4>(z);
+            clear(z);
             const int first = stage + group * kFragments * kFragmentUnits;
 #pragma unroll
             for (int k = 0; k < kSteps; ++k) {
                 step<T, kRowsPerWarp, 4>(z, y2[k], shared, first + 2 * k * kFragmentUnits);
             }
-            if constexpr (kProjected) {
+            if constexpr (kApart) {
+#pragma unroll 1
+                for (int c = 0; c < s.C; c += kMid) {
+                    const int beside = weights.take() + lane;
+#pragma unroll 1
+                    for (int k = 0; k < kSteps; ++k) {  // x from L1
+                        u32 a[kRowsPerWarp][4];
+#pragma unroll
+                        for (int i = 0; i < kRowsPerWarp; ++i) load_operand(a[i], x, pixel[i], s.C, c + 16 * k);
+                        step<T, kRowsPerWarp, 4>(z, a, shared, beside + 2 * k * kFragmentUnits);
+                    }
+                }
+            } else if constexpr (kProjected) {
 #pragma unroll 1
                 for (int k = 0; k < kSteps; ++k) {  // x from L1
                     u32 a[kRowsPerWarp][4];
@@ -231,18 +194,12 @@ DEVICE void conv3(const BottleneckShape& s, const T* x, const float* bias, const
             for (int i = 0; i < kRowsPerWarp; ++i) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    float v[kVec];
-                    row_of<4>(v, z[i], 0, e);
-#pragma unroll
-                    for (int j = 0; j < kVec; ++j) v[j] += b[j];
-                    if constexpr (!kProjected) {
-                        const Word4& w = residual[i][e];
-                        float r[kVec];
-                        unpack(Pack<T>{{w.w[0], w.w[1], w.w[2], w.w[3]}}, r);
-#pragma unroll
-                        for (int j = 0; j < kVec; ++j) v[j] += r[j];
+                    Word4 packed;
+                    if constexpr (kProjected) {
+                        packed = activated<T, 4>(z[i], 0, e, b);
+                    } else {
+                        packed = activated<T, 4>(z[i], 0, e, b, residual[i][e]);
                     }
-                    const Word4 packed = relu_pack<T>(v);
                     if (pixel[i].p[e] >= 0) store16(at_pixel(out, pixel[i].p[e], s.K, channel), packed);
                 }
             }

@@ -14,6 +14,7 @@ inline void cuda_entries(pybind11::module_& m) {
     ENTRY(stem_eval);
     ENTRY(bottleneck_hopper);
     m.def("has_sm90a", &has_sm90a);
+    ENTRY(rotated_stage);
 }
 
 }  // namespace FASTRES_BACKEND

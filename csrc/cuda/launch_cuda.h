@@ -29,6 +29,7 @@ void shifted_rows(const void* x, const void* identity, i64 shift, int planar, vo
 // ---- bottleneck in evaluation, batch normalisations folded into the weights, stride 1: out [N, H, W, K] =
 // relu(conv3(relu(conv2(relu(conv1(x) + b1)) + b2)) + b3 + shortcut), x [N, H, W, C]; conv1 1x1 to `mid` channels,
 // conv2 3x3 with padding 1, conv3 1x1. shortcut: x, or with `projected` a 1x1 convolution of x.
+// With a projection any C for mid 128, 64 for mid 64.
 // weights: packed (fastres/backends/fragments.py). bias float [b1, b2, b3], the projection's added to b3. bfloat16 or
 // float16; every address a multiple of 16 bytes. Throws std::invalid_argument for sizes that it has no kernel for.
 void bottleneck_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, i64 mid, i64 K, int projected,
@@ -50,5 +51,15 @@ void basic_block_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, cons
 // strides in elements, not negative. bias float [64].
 void stem_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 image, i64 channel, i64 row, i64 column,
                const void* weights, const void* bias, void* out, i64 ctx);
+
+// ---- the rotated unit of a stage of bottlenecks in evaluation: out [N, H, W, K] = relu(conv3(relu(conv2(h) + b2)) +
+// b3
+// + residual) and, unless it is null, next [N, H, W, mid] = relu(conv1'(out) + b1'), the following block's first
+// activation. h [N, H, W, mid], residual [N, H, W, K]; conv2 3x3 with padding 1, conv3 and conv1' 1x1. weights, bias
+// [b2, b3, b1'] and addresses as in bottleneck_eval, without conv1' where next is null. Computed in tiles of tile_h x
+// tile_w pixels, tile_w a multiple of 8 (fastres/backends/rotated_kernels.py chooses them). Throws
+// std::invalid_argument for sizes that it has no kernel for.
+void rotated_stage(int dtype, const void* h, const void* residual, i64 N, i64 H, i64 W, i64 mid, i64 K, i64 tile_h,
+                   i64 tile_w, const void* weights, const void* bias, void* out, void* next /*or null*/, i64 ctx);
 
 }  // namespace FASTRES_BACKEND

@@ -88,7 +88,7 @@ DEVICE void stem_conv(const StemShape& s, const float* bias, const PooledPlace& 
         }
     }
     Sums<kRowsPerWarp, kStemTiles> d;
-    clear<kStemTiles>(d);
+    clear(d);
 #pragma unroll
     for (int step16 = 0; step16 < kStemSteps; ++step16) {
         u32 a[kRowsPerWarp][4];

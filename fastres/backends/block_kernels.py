@@ -35,7 +35,8 @@ class BottleneckShape:
     @property
     def weights(self) -> int:
         """Elements of the packed weights."""
-        return self.C * self.mid + 9 * self.mid**2 + self.mid * self.K + self.C * self.K * self.projected
+        beside = -(-self.C // self.mid) * self.mid * self.K * self.projected
+        return self.C * self.mid + 9 * self.mid**2 + self.mid * self.K + beside
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ BOTTLENECKS = (
     BottleneckConfig(64, False, 61440, 2),
     BottleneckConfig(64, True, 61440, 2),
     BottleneckConfig(128, False, 94208, 1),
+    BottleneckConfig(128, True, 94208, 1),
 )
 _DTYPES = (torch.bfloat16, torch.float16)
 _LIMIT = 2**31
@@ -70,15 +72,14 @@ def why_not_bottleneck(shape: BottleneckShape, dtype: torch.dtype, chip) -> list
         reasons.append(f"bfloat16 and float16 are served, not {str(dtype).removeprefix('torch.')}")
     config = bottleneck_config(shape)
     if config is None:
-        served = ", ".join(f"{c.mid}{' with a projection' * c.projected}" for c in BOTTLENECKS)
-        got = f"{shape.mid}{' with a projection' * shape.projected}"
-        reasons.append(f"{served} channels inside are served, not {got}")
+        served = " and ".join(str(mid) for mid in dict.fromkeys(c.mid for c in BOTTLENECKS))
+        reasons.append(f"{served} channels inside are served, not {shape.mid}")
     elif config.shared > chip.shared_per_block:
         reasons.append(f"{config.shared} bytes of shared memory are needed, {chip.name} has {chip.shared_per_block}")
     if shape.C % 64 or shape.K % 64 or not shape.C or not shape.K:
         reasons.append(f"multiples of 64 channels are served, not {shape.C} to {shape.K}")
-    if shape.projected and shape.C != shape.mid:
-        reasons.append(f"a projection is served from {shape.mid} channels, not from {shape.C}")
+    if shape.projected and shape.mid == 64 and shape.C != 64:
+        reasons.append(f"with 64 channels inside a projection is served from 64 channels, not from {shape.C}")
     if max(shape.N, shape.H, shape.W) >= 2**20 or shape.H * shape.W * max(shape.C, shape.K) >= _LIMIT:
         reasons.append("an image must have fewer than 2**31 elements, and no side 2**20 or more")
     if shape.N * -(-shape.H // TILE) * -(-shape.W // TILE) >= 2**30:
@@ -139,7 +140,7 @@ def check_packed(fn: str, x: torch.Tensor, arrays) -> None:
 
 def check_apart(fn: str, out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor) -> None:
     """Raises where ``out`` shares memory with an input."""
-    if out.numel() and any(t.numel() and _overlap(t, out) for t in (x, weights, bias)):
+    if out.numel() and any(t.numel() and overlap(t, out) for t in (x, weights, bias)):
         raise ValueError(f"{fn}: out must not overlap x, weights or bias in memory")
 
 
@@ -149,6 +150,7 @@ def _span(t: torch.Tensor) -> tuple[int, int]:
     return t.data_ptr(), t.data_ptr() + reach * t.element_size()
 
 
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors, neither empty, may share memory."""
     first, second = _span(a), _span(b)
     return first[0] < second[1] and second[0] < first[1]

@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from fastres.backends import block_kernels, eval_kernels, hopper_kernels, native, one_pass
+from fastres.backends import block_kernels, eval_kernels, hopper_kernels, native, one_pass, rotated_kernels
 from fastres.backends.trusted import Trusted, current_device, current_stream, elsewhere, native_functions
 
 #: Oldest GPU the kernels are compiled for by default (docs/kernels/cuda.md).
@@ -32,7 +32,9 @@ def _tiles(M: int, C: int) -> int:
     return max(1, min(-(-_BLOCKS // channel_blocks), -(-M // rows)))
 
 
-class _Kernels(one_pass.Launcher, block_kernels.Launcher, eval_kernels.Launcher, native.Launcher):
+class _Kernels(
+    one_pass.Launcher, block_kernels.Launcher, eval_kernels.Launcher, rotated_kernels.Launcher, native.Launcher
+):
     """Launch functions of one compiled module; the signatures are those of ``reference.py``."""
 
     def __init__(self, name: str, module: str, device_type: str):

@@ -18,6 +18,7 @@ MMA_SYNC = {"h100": 0.62}
 #: (what, C, channels inside, K, H, projection): ResNet-50's blocks of stride 1 in the first two stages, batch 64.
 LAYERS = (
     ("first of stage 1", 64, 64, 256, 56, True),
+    ("first of a wide stage 1", 64, 128, 256, 56, True),
     ("stage 1", 256, 64, 256, 56, False),
     ("stage 2", 512, 128, 512, 28, False),
 )
@@ -97,6 +98,7 @@ def convolutions(pixels: int, convs, chip: Chip) -> float:
 
 def text(markdown) -> str:
     """The section of the page. ``markdown`` renders a header and rows."""
+    from fastres.backends.hopper_kernels import config_of
     from fastres.codegen import hopper_model
 
     parts = [
@@ -125,7 +127,7 @@ was faster at first use.
                 f"{loaded_bytes(s) / units:.1f}",
             ]
             rows.append([*cells, f"{t.overlapped:.0f}-{t.serial:.0f}", f"{t.separate:.0f}", gain])
-            if name == hopper_model.CHIP:
+            if name == hopper_model.CHIP and config_of(s):
                 rows.append(hopper_model.row(what, s, t.separate))
     head = ["block", "chip", "units, DRAM", "units, L2", "us, one kernel", "us, separate", "shorter by"]
     return "\n".join([*parts, markdown(head, rows), hopper_model.TEXT])

@@ -15,6 +15,7 @@ import tempfile
 from fastres.backends.block_kernels import BOTTLENECKS, BottleneckConfig, BottleneckShape
 from fastres.backends.eval_kernels import BASIC_BLOCKS, STEM, Config
 from fastres.backends.hopper_kernels import config_of
+from fastres.backends.rotated_kernels import ROTATED, RotatedConfig
 from fastres.codegen import sass
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -64,16 +65,17 @@ class Row:
     tensor: tuple[int, ...] = ()  # instructions of each of TENSOR, or of HOPPER
 
     @property
-    def block(self) -> BottleneckConfig | Config | None:
+    def block(self) -> BottleneckConfig | Config | RotatedConfig | None:
         """The configuration that this kernel was compiled for, None for the kernels that have none."""
         if self.kernel == "stem_eval":
             return STEM
         if self.kernel == "basic_block_eval":
             return next(c for c in BASIC_BLOCKS if c.channels == int(self.parameters[1]))
-        if self.kernel != "bottleneck_eval":
-            return None
-        mid, projected = (int(p) for p in self.parameters[1:])
-        return next(c for c in BOTTLENECKS if (c.mid, c.projected) == (mid, projected))
+        if self.kernel == "bottleneck_eval":
+            return next(c for c in BOTTLENECKS if (c.mid, c.projected) == tuple(map(int, self.parameters[1:])))
+        if self.kernel == "rotated_stage":
+            return next(c for c in ROTATED if (c.mid, c.next) == tuple(map(int, self.parameters[1:])))
+        return None
 
     @property
     def hopper(self) -> BottleneckShape | None:
@@ -269,8 +271,8 @@ code. No GPU was involved: this page says what was generated, not how fast it is
 
 variant: activation dtype; `Vector` (C a multiple of 8, addresses aligned to 16 bytes) or `Scalar`; where the
 ReLU mask comes from; what joins before the ReLU; of `bottleneck_eval` dtype, channels inside, and whether the
-shortcut is a projection; of `basic_block_eval` dtype and channels. registers: of one thread (limit
-{sass.REGISTER_LIMIT}).
+shortcut is a projection; of `basic_block_eval` dtype and channels; of `rotated_stage` dtype, channels inside, and
+whether a block follows. registers: of one thread (limit {sass.REGISTER_LIMIT}).
 shared: bytes of one block, from sm_90 on with the 1024 bytes the system keeps of it. load, store: bytes moved by
 the widest instruction of one thread from or to global memory. stack, spills: bytes and local-memory instructions
 of one thread, expected 0. `bn_one_pass_*` take dynamic shared memory beside: all that two blocks of a multiprocessor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from fastres.codegen import block_model, calibration, eval_model, model, one_pass_model, plans
+from fastres.codegen import block_model, calibration, eval_model, model, one_pass_model, plans, rotated_model
 
 _LEFT = ("plan", "block", "kernel", "reads", "writes", "bound", "work", "kernels", "of plan", "file", "contestant",
          "chip", "source", "layer")  # fmt: skip
@@ -160,6 +160,7 @@ beyond its bytes are left out. So the fused plans are what their traffic allows,
     parts.append(one_pass_model.text(markdown))
     parts.append(block_model.text(markdown))
     parts.append(eval_model.text(markdown))
+    parts.append(rotated_model.text(markdown))
     parts.append(calibration_text())
     block = next(b for b in net.blocks if b.projection is None)
     parts.append(f"## Kernels of {block.name}, {chips[0].name}\n\nA block without projection, in order of launch.\n")

@@ -9,6 +9,7 @@ from torch import nn
 from fastres.fusion import registry
 from fastres.nn import folding
 from fastres.nn.fused import MEMORY, Fused, unfuse
+from fastres.nn.stage import FusedStage, place
 
 
 def check_model(model) -> None:
@@ -32,7 +33,8 @@ def fuse(model: nn.Module, *, memory: str = "default", fold: bool = False) -> nn
         fold: in evaluation mode without grad, use weights into which the BN was folded (in float64, once). They are
             made anew when a parameter or buffer is replaced, moved or written to, and after ``.train()``. The one
             write that goes unnoticed is through ``.data`` (or NumPy) to a folded parameter: call ``.train()`` or
-            ``.eval()`` after it. With ``fold=False`` there is no such condition.
+            ``.eval()`` after it. With ``fold=False`` there is no such condition. Each ``nn.Sequential`` of fused
+            bottlenecks becomes a :class:`fastres.nn.FusedStage`.
 
     Raises: TypeError if ``model`` is not a module, ValueError for an unknown ``memory``. Warns if nothing was fused.
     """
@@ -46,6 +48,11 @@ def fuse(model: nn.Module, *, memory: str = "default", fold: bool = False) -> nn
     found = [(m, known[type(m)]) for m in modules if type(m) in known]
     for module, adapter in [(m, a) for m, a in found if not registry.why_not(a, m, paths)]:
         module.__class__ = adapter.fused
+    for module in modules:
+        if fold:
+            place(module)
+        elif type(module) is FusedStage:
+            unfuse(module)
     fused = [m for m in modules if isinstance(m, Fused)]
     for module in fused:
         folding.drop(module)
@@ -70,7 +77,7 @@ def restore(model: nn.Module) -> nn.Module:
         if type(module)._fastres_original is None:
             folding.drop(module)
             module._fastres_memory, module._fastres_fold, module._fastres_left = "default", False, None
-        elif type(module) is registry.fused_classes().get(type(module)._fastres_original):
+        elif type(module) is FusedStage or type(module) is registry.fused_classes().get(type(module)._fastres_original):
             unfuse(module)
         else:
             warnings.warn(

@@ -61,7 +61,7 @@ def _structure(module: nn.Module, kind: type[Fused]) -> list[str]:
 def expand(path: str, module: nn.Module) -> list[Atom]:
     """``module`` as the atoms it calls one after the other; itself where it is not known to be a chain."""
     kind = fused_class(module)
-    if type(module) is nn.Sequential:
+    if type(module) in (nn.Sequential, fast.FusedStage):
         reasons: list[str] = []
         fitness.check_untouched("Sequential", module, reasons)
         if not reasons:

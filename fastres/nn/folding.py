@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastres import convolution as conv_lib
-from fastres import dispatch, whole_block
+from fastres import dispatch, rotated, whole_block
 from fastres.ops.bn import as_given, nhwc
 from fastres.ops.conv_bn_act import conv_bias_act, fold_conv_bn
 from fastres.ops.params import ConvBN, compute_dtype
@@ -28,6 +29,8 @@ class Folded:
     def __init__(self, weight: Tensor, bias: Tensor):
         self.weight, self.bias, self.packed = weight, bias, None
         self.streams: dict = {}  # of a block's first unit: the whole block packed, by what packed it
+        #: of a block's first unit: the next block's first unit or None, and what the rotated unit reads
+        self.rotated: tuple[Folded | None, tuple[Tensor, Tensor]] | None = None
 
 
 _CACHE: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
@@ -120,6 +123,48 @@ def _in_one(kernels, x: Tensor, shape, units: list[Folded]) -> Tensor:
     if packing not in units[0].streams:
         units[0].streams[packing] = whole_block.pack(units, packing)
     return as_given(whole_block.compute(kernels, shape, x, units[0].streams[packing]), x)
+
+
+class Member(NamedTuple):
+    """A block of a run: the module, its three convolutions, its shape as a kernel sees it."""
+
+    block: nn.Module
+    convs: tuple[ConvBN, ...]
+    shape: whole_block.BottleneckShape
+
+
+def folded_run(run: Sequence[Member], x: Tensor) -> Tensor | None:
+    """Identity bottlenecks in a row as rotated units, or None where the blocks one by one serve ``x`` better."""
+    shape = rotated.run_shape([member.shape for member in run])
+    if shape is None:
+        return None
+    units = [folded(member.block, member.convs, x.dtype) for member in run]
+
+    def separate() -> Tensor:
+        y = x
+        for member in run:
+            y = member.block(y)
+        return y
+
+    def ours(kernels) -> Tensor:
+        h = nhwc(_convolve(x, run[0].convs[0], units[0][0], None, True))
+        residual = nhwc(x)
+        if residual.data_ptr() % 16:
+            residual = residual.clone(memory_format=torch.channels_last)
+        following = [unit[0] for unit in units[1:]] + [None]
+        packed = [_rotated(unit, after) for unit, after in zip(units, following, strict=True)]
+        return as_given(rotated.run(kernels, h, residual, packed), x)
+
+    kernels = rotated.kernels_for(x, shape, separate, ours)
+    return None if kernels is None else ours(kernels)
+
+
+def _rotated(units: list[Folded], after: Folded | None) -> tuple[Tensor, Tensor]:
+    """What the rotated unit of a block reads, packed once for the pair of blocks."""
+    kept = units[0].rotated
+    if kept is None or kept[0] is not after:
+        kept = units[0].rotated = after, rotated.pack(units, after)
+    return kept[1]
 
 
 def folded_stem(owner: nn.Module, x: Tensor, conv: ConvBN, kernel: int, stride: int, padding: int) -> Tensor:
