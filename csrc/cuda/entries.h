@@ -12,6 +12,8 @@ inline void cuda_entries(pybind11::module_& m) {
     ENTRY(bottleneck_eval);
     ENTRY(basic_block_eval);
     ENTRY(stem_eval);
+    ENTRY(conv_fprop);
+    ENTRY(merge_moments);
 }
 
 }  // namespace FASTRES_BACKEND

@@ -45,4 +45,17 @@ void basic_block_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, cons
 void stem_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 image, i64 channel, i64 row, i64 column,
                const void* weights, const void* bias, void* out, i64 ctx);
 
+// ---- forward convolution on tensor cores: out [N, P, Q, K] = act(conv(x [N, H, W, C], w [K, R, S, C/groups]) + bias +
+// residual), rounded once. bfloat16 or float16; C/groups and K/groups multiples of 8, R and S 1..7; bias float [K] or
+// null; every address but bias and part a multiple of 16 bytes. part: float [3, T, K] or null, legal without relu and
+// residual: count, mean and M2 of the rounded out, each of as many pixels as the tile has.
+// tile: a row of TILES in fastres/backends/cuda_conv.py. Throws std::invalid_argument for what it has no kernel for.
+void conv_fprop(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, const void* w, i64 K, i64 R, i64 S, i64 stride_h,
+                i64 stride_w, i64 pad_h, i64 pad_w, i64 dilation_h, i64 dilation_w, i64 groups,
+                const void* bias /*or null*/, const void* residual /*or null*/, int relu, void* part /*or null*/,
+                void* out, int tile, i64 ctx);
+// part [3, T, C] merged into out [3, G, C], ceil(T/G) tiles in a row each, in ascending order: G such that each has
+// one.
+void merge_moments(const void* part, i64 T, i64 C, i64 G, void* out, i64 ctx);
+
 }  // namespace FASTRES_BACKEND
