@@ -41,12 +41,12 @@ class TileConfig:
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory of a block: the stages, and what the statistics of its warps take."""
-        return 2 * self.stages * (self.BM + self.BN) * self.BK + self.moments
+        """Bytes of dynamic shared memory of a block: the stages."""
+        return 2 * self.stages * (self.BM + self.BN) * self.BK
 
     @property
     def moments(self) -> int:
-        """Bytes of it that the kernel declares itself."""
+        """Bytes of shared memory that the kernel declares beside, for the statistics of its warps."""
         return 8 * self.warps * self.BN
 
 
@@ -120,7 +120,7 @@ def conv_candidates(request: ConvRequest) -> tuple[TileConfig, ...]:
         return ()
     p = request.problem
     chip, columns, pixels = _kernels(request.device).chip(_device(request.device)), p.K // p.groups, p.N * p.P * p.Q
-    found = [c for c in TILES if c.shared <= chip.shared_per_block and _span(p, c) < _LIMIT]
+    found = [c for c in TILES if c.shared + c.moments <= chip.shared_per_block and _span(p, c) < _LIMIT]
     narrowest = min(c.BN for c in found)
     found = [c for c in found if c.BN <= max(narrowest, 1 << (columns - 1).bit_length())]
 

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 
 from fastres.backends.block_kernels import BOTTLENECKS, BottleneckConfig
+from fastres.backends.cuda_conv import TILES, TileConfig
 from fastres.backends.eval_kernels import BASIC_BLOCKS, STEM, Config
 from fastres.codegen import sass
 
@@ -29,6 +30,9 @@ TENSOR = ("HMMA", "LDSM", "LDGSTS")
 
 #: Compiled, as every kernel is for every architecture, but refused there (``why_not``): the tile of x is too large.
 REFUSED = {("89", "basic_block_eval", "128")}
+
+#: Kernels that run a whole block, or the stem.
+_BLOCKS = ("basic_block_eval", "bottleneck_eval", "stem_eval")
 
 _TYPES = {"f": "float32", "bf16": "bfloat16", "f16": "float16"}
 _BASIC = re.compile(r"f|NS_(\d+)|L[ib](\d+)E")
@@ -54,12 +58,15 @@ class Row:
     tensor: tuple[int, ...] = ()  # instructions of each of TENSOR
 
     @property
-    def block(self) -> BottleneckConfig | Config | None:
+    def block(self) -> BottleneckConfig | Config | TileConfig | None:
         """The configuration that this kernel was compiled for, None for the kernels that have none."""
         if self.kernel == "stem_eval":
             return STEM
         if self.kernel == "basic_block_eval":
             return next(c for c in BASIC_BLOCKS if c.channels == int(self.parameters[1]))
+        if self.kernel == "conv_fprop":
+            sizes = tuple(int(p) for p in self.parameters[1:])
+            return next(c for c in TILES if (c.BM, c.BN, c.BK, c.stages, c.warps) == sizes)
         if self.kernel != "bottleneck_eval":
             return None
         mid, projected = (int(p) for p in self.parameters[1:])
@@ -198,10 +205,10 @@ def section(arch: str, table: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def blocks(table: list[Row]) -> str:
-    """The part of the page about kernels that run a whole block on tensor cores."""
+def blocks(table: list[Row], title: str = "Whole blocks", kernels: tuple[str, ...] = _BLOCKS) -> str:
+    """The part of the page about kernels that run on tensor cores."""
     lines = [
-        "## Whole blocks",
+        f"## {title}",
         "",
         "Dynamic shared memory: bytes of one block. blocks: that the launch counts on for one multiprocessor. Then the",
         "instructions in the code: products of tensor cores, matrix loads, asynchronous copies. The stem has no matrix",
@@ -211,7 +218,7 @@ def blocks(table: list[Row]) -> str:
         "|---|---|---|--:|--:|" + "--:|" * len(TENSOR),
     ]
     for r in table:
-        if r.block is not None:
+        if r.kernel in kernels:
             cells = [f"sm_{r.arch}", r.kernel, ", ".join(r.parameters), r.block.shared, r.block.blocks, *r.tensor]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
@@ -227,8 +234,9 @@ code. No GPU was involved: this page says what was generated, not how fast it is
 
 variant: activation dtype; `Vector` (C a multiple of 8, addresses aligned to 16 bytes) or `Scalar`; where the
 ReLU mask comes from; what joins before the ReLU; of `bottleneck_eval` dtype, channels inside, and whether the
-shortcut is a projection; of `basic_block_eval` dtype and channels. registers: of one thread (limit
-{sass.REGISTER_LIMIT}).
+shortcut is a projection; of `basic_block_eval` dtype and channels; of
+`conv_fprop` dtype, pixels and channels of a tile, input channels of a step, steps in shared memory, warps side by
+side along pixels. registers: of one thread (limit {sass.REGISTER_LIMIT}).
 shared: bytes of one block, from sm_90 on with the 1024 bytes the system keeps of it. load, store: bytes moved by
 the widest instruction of one thread from or to global memory. stack, spills: bytes and local-memory instructions
 of one thread, expected 0. `bn_one_pass_*` take dynamic shared memory beside: all that two blocks of a multiprocessor
@@ -242,4 +250,5 @@ def generate(jobs: int = 2, architectures=ARCHITECTURES) -> str:
     problems = [problem for row in table for problem in row.problems]
     if problems:
         raise RuntimeError("\n".join(problems))
-    return "\n".join([header(), *(section(arch, table) for arch in architectures), blocks(table)])
+    tensor_cores = blocks(table), blocks(table, "Convolutions", ("conv_fprop",))
+    return "\n".join([header(), *(section(arch, table) for arch in architectures), *tensor_cores])
