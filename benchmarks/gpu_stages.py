@@ -164,7 +164,6 @@ def launch_once() -> bool:
         emit(kind="sanitized", function=function, status="ran")
     kernels = dispatch.load(served.backend)
     good &= gpu_blocks.right(emit, kernels, DEVICE, gpu_blocks.REHEARSED if REHEARSAL else gpu_blocks.SMALL)
-    good &= gpu_blocks.right(emit, kernels, DEVICE, gpu_blocks.SMALL[:1] if REHEARSAL else gpu_blocks.SMALL)
     good &= gpu_conv_layers.right(emit, DEVICE, gpu_conv.EDGES[:1] if REHEARSAL else gpu_conv.EDGES)
     return good & gpu_one_pass.right(emit, kernels, DEVICE, ((7, 67), (64, 300)))
 
