@@ -73,6 +73,7 @@ STAGES = (
     _sanitized("racecheck", "the same: races in shared memory"),
     _sanitized("synccheck", "the same: divergent barriers"),
     _stage("conv-kernels", "every convolution kernel, configuration and combination of hooks on odd shapes"),
+    _stage("conv-layers", "ResNet-50's forward convolutions: the CUDA C++ kernel's time beside cuDNN's and Triton's"),
     _stage("cudnn", "cuDNN's graphs through nvidia-cudnn-frontend, where installed: right, repeatable, how fast"),
     _stage("framework", "torch.compile without graph breaks, no host synchronisation, CUDA graph capture"),
     _stage("tune-256", "verified tuning of resnet50's training convolutions, batch 256; the winners serve below"),

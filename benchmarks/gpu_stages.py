@@ -26,6 +26,7 @@ if REHEARSAL and "triton" in STAGE:
 
 import gpu_blocks  # noqa: E402
 import gpu_conv  # noqa: E402
+import gpu_conv_layers  # noqa: E402
 import gpu_cudnn  # noqa: E402
 import gpu_one_pass  # noqa: E402
 import gpu_rotated  # noqa: E402
@@ -165,6 +166,7 @@ def launch_once() -> bool:
     kernels = dispatch.load(served.backend)
     good &= gpu_blocks.right(emit, kernels, DEVICE, gpu_blocks.REHEARSED if REHEARSAL else gpu_blocks.SMALL)
     good &= gpu_rotated.right(emit, kernels, DEVICE, gpu_rotated.SMALL[:1] if REHEARSAL else gpu_rotated.SMALL)
+    good &= gpu_conv_layers.right(emit, DEVICE, gpu_conv.EDGES[:1] if REHEARSAL else gpu_conv.EDGES)
     return good & gpu_one_pass.right(emit, kernels, DEVICE, ((7, 67), (64, 300)))
 
 
@@ -315,6 +317,7 @@ STAGES: dict[str, Callable[[], bool]] = {
     "blocks": lambda: all([unit.run(emit, DEVICE, stand_in("cuda"), REHEARSAL) for unit in (gpu_blocks, gpu_rotated)]),
     "one-pass": lambda: gpu_one_pass.run(emit, DEVICE, stand_in("cuda"), REHEARSAL),
     "conv-kernels": lambda: gpu_conv.conv_kernels(emit, REHEARSAL),
+    "conv-layers": lambda: gpu_conv_layers.run(emit, REHEARSAL),
     "tune-256": lambda: gpu_conv.tune(emit, REHEARSAL, 256),
     "tune-64": lambda: gpu_conv.tune(emit, REHEARSAL, 64),
     "cudnn": lambda: gpu_cudnn.run(emit),

@@ -27,12 +27,14 @@ from fastres.problem import ConvRequest, OperandRequest
 MODULES = {
     "triton": ("fastres.backends.triton_conv", "conv_candidates"),
     "cudnn": ("fastres.backends.cudnn", "candidates"),
+    "cuda": ("fastres.backends.cuda_conv", "conv_candidates"),
+    "emulator": ("fastres.backends.cuda_conv", "conv_candidates"),
 }
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Who serves a request: ``backend`` is "library" (PyTorch's call and separate passes), "triton" or "cudnn";
+    """Who serves a request: ``backend`` is "library" (PyTorch's call and separate passes) or one of `MODULES`;
     ``config`` a row of that backend's configurations, None for the library. Known on disk by its words."""
 
     backend: str
@@ -45,6 +47,9 @@ class Choice:
 LIBRARY = Choice("library", None)
 #: How a plan that forms no operand is called on disk; any other by its operands.
 PASSES = "passes"
+
+#: Backends that run a GPU's kernels on CPU tensors, when they are forced.
+_ON_CPU = ("triton", "emulator")
 
 _lock = threading.RLock()
 #: Forced backend (with the precision, for float32) -> request -> choice.
@@ -64,13 +69,13 @@ def choose(request: ConvRequest) -> Choice:
     """Who serves ``request``: remembered after the first time, which may run a verification of milliseconds.
 
     Under CUDA graph capture nothing can be verified: PyTorch's call serves what has no verdict yet, and the next call
-    asks again. A forced backend other than "triton" has no convolutions of its own: PyTorch's call.
+    asks again. Under a forced backend without convolutions of its own it is PyTorch's call, always.
     """
     if _recording is not None:
         _recording.append(request)
         return LIBRARY
     forced = dispatch.forced()
-    if request.device < 0 and forced != "triton":
+    if request.device < 0 and forced not in _ON_CPU:
         return LIBRARY
     mode = _mode(request, forced)
     table = _tables.get(mode)
@@ -134,10 +139,10 @@ def _decide(request: ConvRequest, forced: str, mode) -> Choice:
         if request in table:
             return table[request]
         if request.device < 0:
-            # Nothing to verify: the interpreter is a test of the kernel's source, not of a compiler.
+            # Nothing to verify: interpreter and emulator are tests of the kernel's source, not of a compiler.
             own = _offered(forced, request) if interpreting() else []
             choice = own[0] if own else LIBRARY
-        elif forced not in ("", "triton") or 0 in request.problem.elements:
+        elif (forced and forced not in MODULES) or 0 in request.problem.elements:
             choice = LIBRARY
         elif torch.cuda.is_current_stream_capturing():
             warnings.warn(
@@ -161,7 +166,7 @@ def _preferred(request: ConvRequest, forced: str) -> Iterator[Choice]:
         if tuned == LIBRARY:
             return
     shipped = _shipped(request)
-    if shipped is not None:
+    if shipped is not None and forced in ("", shipped.backend):
         yield shipped
     if forced:
         yield from _offered(forced, request)
@@ -180,8 +185,11 @@ def _named(request: ConvRequest, text: str, forced: str) -> Choice | None:
 
 
 def interpreting() -> bool:
-    """Whether CPU tensors may go to Triton's interpreter: that backend is forced, and it interprets."""
-    return dispatch.forced() == "triton" and dispatch.load("triton").interpreting()
+    """Whether CPU tensors may go to kernels of a GPU: Triton's interpreter or the emulator is forced, and there."""
+    forced = dispatch.forced()
+    if forced == "triton":
+        return dispatch.load("triton").interpreting()
+    return forced == "emulator" and not dispatch.load("emulator").missing
 
 
 def module(choice: Choice) -> ModuleType:
@@ -203,7 +211,8 @@ def _why_not(backend: str, request: ConvRequest) -> str:
         _module(backend)
     except ImportError as error:
         return f"{MODULES[backend][0]} cannot be imported: {error}"
-    return "" if request.device >= 0 else "CUDA tensors only"
+    wanted = "CPU" if backend == "emulator" else "CUDA"
+    return "" if (wanted == "CPU") == (request.device < 0) else f"{wanted} tensors only"
 
 
 def _offered(backend: str, request: ConvRequest) -> list[Choice]:
@@ -344,7 +353,8 @@ def keep_winner(request: ConvRequest, choice: Choice, us: float, library_us: flo
     """``choice`` serves from now on, in this process and later ones."""
     with _lock:
         _keep(request, str(choice), us, library_us)
-        _tables.setdefault(_mode(request, "triton"), {}).pop(request, None)
+        for backend in MODULES:
+            _tables.get(_mode(request, backend), {}).pop(request, None)
         _tables.setdefault(_mode(request, ""), {})[request] = choice
 
 

@@ -97,12 +97,15 @@ def _version(*packages: str) -> str:
 
 @functools.cache
 def sources() -> str:
-    """Digest of the kernels' source: a kernel that was edited has no verdict yet, whatever the version number says."""
+    """Digest of the kernels, Triton's sources and the compiled CUDA module: one that was edited has no verdict yet,
+    whatever the version number says."""
     digest = hashlib.sha256()
     package = importlib.util.find_spec("fastres.triton_kernels")
     folders = [Path(p) for p in (package.submodule_search_locations or ())] if package else []
     files = [f for folder in folders for f in folder.glob("*.py")]
-    files += [f for f in (Path(__file__).parent / "backends").glob("*.py") if re.match(r"triton|cudnn", f.name)]
+    files += [f for f in (Path(__file__).parent / "backends").glob("*.py") if re.match(r"triton|cud", f.name)]
+    compiled = getattr(importlib.util.find_spec("fastres._cuda"), "origin", None)
+    files += [Path(compiled)] if compiled else []
     for file in sorted(files, key=lambda f: f.name):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:8]

@@ -118,9 +118,11 @@ class Case:
         return f"{self.kind}{riding} of {self.name} ({self.problem}), {str(self.dtype).removeprefix('torch.')}"
 
 
-def case(kind: str, name: str, hooks=(), dtype=torch.float32, values: str = "normal", seed: int = 0) -> Case:
+def case(
+    kind: str, name: str, hooks=(), dtype=torch.float32, values: str = "normal", seed: int = 0, problems=PROBLEMS
+) -> Case:
     """Inputs of ``values`` ("normal", "integers", see `testing.fill`; "huge_mean": a bias does it)."""
-    p = PROBLEMS[name]
+    p = problems[name]
     fill = "integers" if values == "integers" else "normal"
     seeds = iter(range(100 * seed, 100 * seed + 100))
 
@@ -226,9 +228,11 @@ def configs(c: Case, all_tiles: bool = False) -> list:
     return found
 
 
-def run(c: Case, config, dw_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Outputs of a kernel, ``part`` among them where the hooks ask for it. Asserts that nothing else was written."""
-    module = triton_conv.kernels(config)
+def run(c: Case, config, dw_dtype: torch.dtype | None = None, module=None) -> dict[str, torch.Tensor]:
+    """Outputs of a kernel, ``part`` among them where the hooks ask for it. Asserts that nothing else was written.
+
+    ``module``: of the launchers that know ``config``, with their ``parts``; None: Triton's."""
+    module = module or triton_conv.kernels(config)
     outputs = {name: channels_last(shape, c.dtype) for name, shape in c.shapes.items()}
     if dw_dtype is not None:
         outputs["dw"] = channels_last(c.shapes["dw"], dw_dtype)

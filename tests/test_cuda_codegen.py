@@ -10,6 +10,7 @@ import subprocess
 import pytest
 import torch
 
+from fastres.backends import cuda_conv
 from fastres.backends.eval_kernels import BasicBlockShape, why_not_basic_block
 from fastres.backends.one_pass import Chip
 from fastres.codegen import cuda, sass
@@ -42,10 +43,13 @@ def test_table_is_complete():
     """Every kernel of every source on every architecture, each without spills."""
     texts = [path.read_text() for path in (cuda.ROOT / "csrc" / "cuda").glob("*.cu*")]
     kernels = {name for text in texts for name in re.findall(r"^(\w+)_kernel\(", text, re.M)}
-    assert len(kernels) == 22
+    assert len(kernels) == 24
     tables, whole_blocks = page().split("## Whole blocks")
+    whole_blocks, convolutions = whole_blocks.split("## Convolutions")
     assert whole_blocks.count("\n| sm_") == 22 * len(cuda.ARCHITECTURES)
-    assert page().split("## On sm_90a alone")[1].count("\n| bottleneck_hopper") == 2 * len(cuda.HOPPER_BLOCKS)
+    convolutions, hopper = convolutions.split("## On sm_90a alone")
+    assert convolutions.count("\n| sm_") == 2 * len(cuda_conv.TILES) * len(cuda.ARCHITECTURES)
+    assert hopper.count("\n| bottleneck_hopper") == 2 * len(cuda.HOPPER_BLOCKS)
     sections = re.split(r"^## sm_(\w+)$", tables, flags=re.M)
     assert tuple(sections[1::2]) == cuda.ARCHITECTURES
     for table in sections[2::2]:
@@ -95,6 +99,11 @@ def test_problems(change, words):
         ({}, ""),
         ({"tensor": (64, 0, 8)}, "no LDSM"),
         ({"parameters": ("bfloat16", "128", "0"), "shared": 48000}, "142208 bytes of shared memory"),
+        ({"kernel": "conv_fprop", "parameters": ("bfloat16", "256", "64", "32", "4", "4")}, ""),
+        (
+            {"kernel": "conv_fprop", "parameters": ("bfloat16", "256", "64", "32", "4", "4"), "tensor": (64, 8, 0)},
+            "no LDGSTS",
+        ),
     ],
 )
 def test_problems_of_whole_blocks(change, words):

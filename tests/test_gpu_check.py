@@ -44,8 +44,8 @@ def test_without_a_gpu_it_says_what_it_would_do_and_rehearses(tmp_path, gpu_chec
 #: The code behind the stages. Two are rehearsed above; the others of training are train-64 with other numbers.
 REHEARSED = ("kernels-cuda", "launch-once")
 STAGES = (
-    "kernels-triton", "ops", "conv-kernels", "cudnn", "framework", "tune-256", "bandwidth", "op-times", "train-64",
-    "infer", "profile", "one-step", "one-pass", "shift", "blocks",
+    "kernels-triton", "ops", "conv-kernels", "conv-layers", "cudnn", "framework", "tune-256", "bandwidth", "op-times",
+    "train-64", "infer", "profile", "one-step", "one-pass", "shift", "blocks",
 )  # fmt: skip
 TWICE = (
     "train-256", "train-256-low", "train-64-reduce-overhead", "train-256-reduce-overhead", "train-64-max-autotune",

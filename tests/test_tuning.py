@@ -126,6 +126,7 @@ def test_precision_is_part_of_a_float32_request(gpu, monkeypatch):
 
 def test_an_absent_backend_has_no_candidates_and_a_reason(monkeypatch):
     monkeypatch.setitem(tuning.MODULES, "cudnn", ("fastres.backends.absent", "candidates"))
+    monkeypatch.setattr(tuning, "_module", tuning._module.__wrapped__)  # imports anew
     assert "cannot be imported" in tuning._why_not("cudnn", STATS)
     assert tuning._offered("cudnn", STATS) == []
     assert tuning.candidates(replace(STATS, device=-1))[0] == LIBRARY

@@ -10,115 +10,11 @@ namespace {
 
 constexpr i64 kGroup = 8;  // panels that a tile of pixels passes over in a row
 
-struct Layout {
-    i64 blocks, panels, panel_floats;
-    i64 inputs, in_blocks;  // channels that a panel reads, or half of it if split, and their blocks
-    bool split;
-    int last_width;
+struct Layout : WeightsLayout {
     i64 row0, col0;           // the least tap offsets
     i64 rows_of_taps, plane;  // rows a point reaches over; columns of one residue modulo step_w
     i64 row_floats;
 };
-
-Layout weights_layout(const Direct& p) {
-    Layout l{};
-    l.blocks = ceil_div(p.C, kBlock);
-    l.panels = ceil_div(p.K, kPanel);
-    // Narrow groups are filled up with zeros to a square as wide as a vector.
-    l.split = p.groups > 1 && p.C / p.groups <= L;
-    l.inputs = l.split ? L : p.C / max_of(1, p.groups);
-    l.in_blocks = ceil_div(l.inputs, kBlock);
-    l.last_width = int(ceil_div(l.inputs - (l.in_blocks - 1) * kBlock, kStep) * kStep);
-    l.panel_floats = ((l.in_blocks - 1) * kBlock + l.last_width) * p.n_taps * kPanel;
-    return l;
-}
-
-template <class T>
-FR_INLINE void widen(const T* from, i64 n, float* to) {
-    for (; n >= L; n -= L, from += L, to += L) store(to, load(from));
-    if (n) store_part(to, load_part(from, int(n)), int(n));
-}
-
-// out [channels, kPanel] = in [outs, channels], rows w_out apart.
-template <class T>
-FR_INLINE void transpose(const T* in, i64 w_out, i64 outs, i64 channels, float* out) {
-    typedef float Four __attribute__((vector_size(16)));
-    typedef std::int32_t Order __attribute__((vector_size(16)));
-    i64 k = 0;
-    for (; k + 4 <= outs && channels == kBlock; k += 4) {
-        alignas(64) float rows[4][kBlock];
-        for (int i = 0; i < 4; ++i) {
-            widen(in + (k + i) * w_out, kBlock, rows[i]);
-            __builtin_prefetch(in + (k + i) * w_out + 8 * kBlock);
-        }
-        for (int c = 0; c < kBlock; c += 4) {
-            const Four a = read<Four>(rows[0] + c), b = read<Four>(rows[1] + c), d = read<Four>(rows[2] + c),
-                       e = read<Four>(rows[3] + c);
-            const Four ab0 = __builtin_shuffle(a, b, Order{0, 4, 1, 5}),
-                       ab1 = __builtin_shuffle(a, b, Order{2, 6, 3, 7});
-            const Four de0 = __builtin_shuffle(d, e, Order{0, 4, 1, 5}),
-                       de1 = __builtin_shuffle(d, e, Order{2, 6, 3, 7});
-            write(out + c * kPanel + k, __builtin_shuffle(ab0, de0, Order{0, 1, 4, 5}));
-            write(out + (c + 1) * kPanel + k, __builtin_shuffle(ab0, de0, Order{2, 3, 6, 7}));
-            write(out + (c + 2) * kPanel + k, __builtin_shuffle(ab1, de1, Order{0, 1, 4, 5}));
-            write(out + (c + 3) * kPanel + k, __builtin_shuffle(ab1, de1, Order{2, 3, 6, 7}));
-        }
-    }
-    for (; k < outs; ++k) {
-        alignas(64) float row[kBlock];
-        widen(in + k * w_out, channels, row);
-        for (i64 c = 0; c < channels; ++c) out[c * kPanel + k] = row[c];
-    }
-}
-
-// [panel][channel block][tap][channel][kPanel], channels past C or K zero.
-template <class T>
-void pack_weights(const Direct& p, const Layout& l, float* to, i64 threads) {
-    // Taps outside, blocks inside: the rows of a channels_last weight are read from front to back.
-    parallel(threads, l.panels * p.n_taps, [&](i64 first, i64 last, int) {
-        for (i64 task = first; task < last; ++task) {
-            const i64 k0 = task / p.n_taps * kPanel, t = task % p.n_taps, outs = min_of(kPanel, p.K - k0);
-            const T* from = static_cast<const T*>(p.w) + p.w_tap[t] + k0 * p.w_out;
-            for (i64 b = 0; b < l.blocks; ++b) {
-                const i64 c0 = b * kBlock, width = b + 1 < l.blocks ? kBlock : l.last_width;
-                const i64 channels = min_of(kBlock, p.C - c0);
-                const T* in = from + c0 * p.w_in;
-                float* out = to + task / p.n_taps * l.panel_floats + (c0 * p.n_taps + t * width) * kPanel;
-                if (channels < width || outs < kPanel) __builtin_memset(out, 0, width * kPanel * sizeof(float));
-                if (p.w_out == 1) {
-                    for (i64 c = 0; c < channels; ++c) widen(in + c * p.w_in, outs, out + c * kPanel);
-                } else if (p.w_in == 1) {
-                    transpose(in, p.w_out, outs, channels, out);
-                } else {
-                    for (i64 k = 0; k < outs; ++k)
-                        for (i64 c = 0; c < channels; ++c)
-                            widen(in + k * p.w_out + c * p.w_in, 1, out + c * kPanel + k);
-                }
-            }
-        }
-    });
-}
-
-// The same for groups: outputs see the channels of their own group.
-template <class T>
-void pack_groups(const Direct& p, const Layout& l, float* to, i64 threads) {
-    const i64 width = p.C / p.groups;
-    parallel(threads, l.panels, [&](i64 first, i64 last, int) {
-        for (i64 panel = first; panel < last; ++panel) {
-            float* out = to + panel * l.panel_floats;
-            __builtin_memset(out, 0, l.panel_floats * sizeof(float));
-            for (i64 i = 0; i < kPanel; ++i) {
-                const i64 k = panel * kPanel + i, c0 = k / width * width % l.inputs;
-                for (i64 t = 0; t < p.n_taps; ++t)
-                    for (i64 c = 0; c < width; ++c) {
-                        const i64 b = (c0 + c) / kBlock, at = (c0 + c) % kBlock, block = min_of(kBlock, l.inputs);
-                        const T* from = static_cast<const T*>(p.w) + p.w_tap[t] + k * p.w_out + c * p.w_in;
-                        widen(from, 1, out + ((b * p.n_taps + t) * block + at) * kPanel + i);
-                    }
-            }
-        }
-    });
-}
 
 // One pixel: its channels [c0, c0 + kBlock) of each block, the last one filled up with zeros.
 template <class T>
@@ -342,9 +238,10 @@ void fill_zero(const Direct& p, i64 threads) {
 }
 
 template <class T>
-void run(const Direct& p, i64 threads) {
+void run(int dtype, const Direct& p, i64 threads) {
     if (p.n_taps == 0) return fill_zero<T>(p, threads);
-    Layout l = weights_layout(p);
+    Layout l{};
+    static_cast<WeightsLayout&>(l) = weights_layout(p);
     i64 row1 = l.row0 = p.dr[0], col1 = l.col0 = p.dc[0];
     for (int t = 1; t < p.n_taps; ++t) {
         l.row0 = min_of(l.row0, p.dr[t]), row1 = max_of(row1, p.dr[t]);
@@ -357,7 +254,7 @@ void run(const Direct& p, i64 threads) {
     const Scratch weights(p.packed ? 0 : l.panels * l.panel_floats * sizeof(float));
     const float* w = p.packed;
     if (!w) {
-        pack_weights<T>(p, l, static_cast<float*>(weights.get()), threads);
+        pack_direct(dtype, p, static_cast<float*>(weights.get()), threads);
         w = static_cast<const float*>(weights.get());
     }
 
@@ -405,21 +302,9 @@ void run(const Direct& p, i64 threads) {
 
 }  // namespace
 
-i64 packed_floats(const Direct& p) {
-    const Layout l = weights_layout(p);
-    return l.panels * l.panel_floats;
-}
-
-void pack_direct(int dtype, const Direct& p, float* packed, i64 threads) {
-    const Layout l = weights_layout(p);
-    with_narrow(dtype, [&](auto type) {
-        (p.groups > 1 ? pack_groups<decltype(type)> : pack_weights<decltype(type)>)(p, l, packed, threads);
-    });
-}
-
 void direct(int dtype, const Direct& p, i64 threads) {
     if (p.N * p.I * p.J == 0 || p.K == 0) return;
-    with_narrow(dtype, [&](auto type) { run<decltype(type)>(p, max_of(1, threads)); });
+    with_narrow(dtype, [&](auto type) { run<decltype(type)>(dtype, p, max_of(1, threads)); });
 }
 
 }  // namespace FASTRES_BACKEND

@@ -30,6 +30,14 @@ struct Direct {
     i64 points;
 };
 
+struct WeightsLayout {
+    i64 blocks, panels, panel_floats;  // of the input channels, of the output channels, floats of one of these
+    i64 inputs, in_blocks;             // channels that a panel reads, or half of it if split, and their blocks
+    bool split;
+    int last_width;  // channels of the last of in_blocks
+};
+WeightsLayout weights_layout(const Direct& problem);
+
 // Weights for `direct`, laid out once: floats that takes, and the work. Of the problem K, C, taps and w are read.
 i64 packed_floats(const Direct& problem);
 void pack_direct(int dtype, const Direct& problem, float* packed, i64 threads);

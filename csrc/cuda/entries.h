@@ -15,6 +15,8 @@ inline void cuda_entries(pybind11::module_& m) {
     ENTRY(bottleneck_hopper);
     m.def("has_sm90a", &has_sm90a);
     ENTRY(rotated_stage);
+    ENTRY(conv_fprop);
+    ENTRY(merge_moments);
 }
 
 }  // namespace FASTRES_BACKEND

@@ -52,14 +52,26 @@ void basic_block_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, cons
 void stem_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 image, i64 channel, i64 row, i64 column,
                const void* weights, const void* bias, void* out, i64 ctx);
 
-// ---- the rotated unit of a stage of bottlenecks in evaluation: out [N, H, W, K] = relu(conv3(relu(conv2(h) + b2)) +
-// b3
-// + residual) and, unless it is null, next [N, H, W, mid] = relu(conv1'(out) + b1'), the following block's first
-// activation. h [N, H, W, mid], residual [N, H, W, K]; conv2 3x3 with padding 1, conv3 and conv1' 1x1. weights, bias
-// [b2, b3, b1'] and addresses as in bottleneck_eval, without conv1' where next is null. Computed in tiles of tile_h x
-// tile_w pixels, tile_w a multiple of 8 (fastres/backends/rotated_kernels.py chooses them). Throws
-// std::invalid_argument for sizes that it has no kernel for.
+// ---- the rotated unit of a stage of bottlenecks in evaluation, batch normalisations folded into the weights:
+// out [N, H, W, K] = relu(conv3(relu(conv2(h) + b2)) + b3 + residual) and, unless it is null, next [N, H, W, mid] =
+// relu(conv1'(out) + b1'), the following block's first activation. h [N, H, W, mid], residual [N, H, W, K]; conv2 3x3
+// with padding 1, conv3 and conv1' 1x1. weights, bias [b2, b3, b1'] and addresses as in bottleneck_eval, without conv1'
+// where next is null. Computed in tiles of tile_h x tile_w pixels, tile_w a multiple of 8
+// (fastres/backends/rotated_kernels.py chooses them). Throws std::invalid_argument for sizes that it has no kernel for.
 void rotated_stage(int dtype, const void* h, const void* residual, i64 N, i64 H, i64 W, i64 mid, i64 K, i64 tile_h,
                    i64 tile_w, const void* weights, const void* bias, void* out, void* next /*or null*/, i64 ctx);
+
+// ---- forward convolution on tensor cores: out [N, P, Q, K] = act(conv(x [N, H, W, C], w [K, R, S, C/groups]) + bias +
+// residual), rounded once. bfloat16 or float16; C/groups and K/groups multiples of 8, R and S 1..7; bias float [K] or
+// null; every address but bias and part a multiple of 16 bytes. part: float [3, T, K] or null, legal without relu and
+// residual: count, mean and M2 of the rounded out, each of as many pixels as the tile has.
+// tile: a row of TILES in fastres/backends/cuda_conv.py. Throws std::invalid_argument for what it has no kernel for.
+void conv_fprop(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, const void* w, i64 K, i64 R, i64 S, i64 stride_h,
+                i64 stride_w, i64 pad_h, i64 pad_w, i64 dilation_h, i64 dilation_w, i64 groups,
+                const void* bias /*or null*/, const void* residual /*or null*/, int relu, void* part /*or null*/,
+                void* out, int tile, i64 ctx);
+// part [3, T, C] merged into out [3, G, C], ceil(T/G) tiles in a row each, in ascending order: G such that each has
+// one.
+void merge_moments(const void* part, i64 T, i64 C, i64 G, void* out, i64 ctx);
 
 }  // namespace FASTRES_BACKEND

@@ -26,3 +26,9 @@ def vector(fn: str, name: str, t: torch.Tensor, device: torch.device, shape) -> 
     if t.dtype != torch.float32 or t.device != device or not t.is_contiguous() or t.shape != shape:
         got = f"{t.dtype} {list(t.shape)}, strides {t.stride()}, on {t.device}"
         raise ValueError(f"{fn}: {name} must be contiguous float32 {list(shape)} on {device}, got {got}")
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two dense tensors share memory."""
+    first, second = ((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (a, b))
+    return first[0] < second[1] and second[0] < first[1]

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 
 from fastres.backends.block_kernels import BOTTLENECKS, BottleneckConfig, BottleneckShape
+from fastres.backends.cuda_conv import TILES, TileConfig
 from fastres.backends.eval_kernels import BASIC_BLOCKS, STEM, Config
 from fastres.backends.hopper_kernels import config_of
 from fastres.backends.rotated_kernels import ROTATED, RotatedConfig
@@ -41,6 +42,9 @@ HOPPER_BLOCKS = {
     ("Wide", "0"): BottleneckShape(64, 28, 28, 512, 128, 512, False),
 }
 
+#: Kernels that run a whole block, the stem, or the middle of two blocks.
+_BLOCKS = ("basic_block_eval", "bottleneck_eval", "rotated_stage", "stem_eval")
+
 _TYPES = {"f": "float32", "bf16": "bfloat16", "f16": "float16"}
 _BASIC = re.compile(r"f|NS_(\d+)|L[ib](\d+)E")
 
@@ -65,16 +69,19 @@ class Row:
     tensor: tuple[int, ...] = ()  # instructions of each of TENSOR, or of HOPPER
 
     @property
-    def block(self) -> BottleneckConfig | Config | RotatedConfig | None:
+    def block(self) -> BottleneckConfig | Config | RotatedConfig | TileConfig | None:
         """The configuration that this kernel was compiled for, None for the kernels that have none."""
         if self.kernel == "stem_eval":
             return STEM
         if self.kernel == "basic_block_eval":
             return next(c for c in BASIC_BLOCKS if c.channels == int(self.parameters[1]))
+        sizes = tuple(map(int, self.parameters[1:])) if self.kernel in (*_BLOCKS, "conv_fprop") else ()
         if self.kernel == "bottleneck_eval":
-            return next(c for c in BOTTLENECKS if (c.mid, c.projected) == tuple(map(int, self.parameters[1:])))
+            return next(c for c in BOTTLENECKS if (c.mid, c.projected) == sizes)
         if self.kernel == "rotated_stage":
-            return next(c for c in ROTATED if (c.mid, c.next) == tuple(map(int, self.parameters[1:])))
+            return next(c for c in ROTATED if (c.mid, c.next) == sizes)
+        if self.kernel == "conv_fprop":
+            return next(c for c in TILES if (c.BM, c.BN, c.BK, c.stages, c.warps) == sizes)
         return None
 
     @property
@@ -221,10 +228,10 @@ def section(arch: str, table: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def blocks(table: list[Row]) -> str:
-    """The part of the page about kernels that run a whole block on tensor cores."""
+def blocks(table: list[Row], title: str = "Whole blocks", kernels: tuple[str, ...] = _BLOCKS) -> str:
+    """The part of the page about kernels that run on tensor cores."""
     lines = [
-        "## Whole blocks",
+        f"## {title}",
         "",
         "Dynamic shared memory: bytes of one block. blocks: that the launch counts on for one multiprocessor. Then the",
         "instructions in the code: products of tensor cores, matrix loads, asynchronous copies. The stem has no matrix",
@@ -234,7 +241,7 @@ def blocks(table: list[Row]) -> str:
         "|---|---|---|--:|--:|" + "--:|" * len(TENSOR),
     ]
     for r in table:
-        if r.block is not None:
+        if r.kernel in kernels:
             cells = [f"sm_{r.arch}", r.kernel, ", ".join(r.parameters), r.block.shared, r.block.blocks, *r.tensor]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
@@ -272,7 +279,8 @@ code. No GPU was involved: this page says what was generated, not how fast it is
 variant: activation dtype; `Vector` (C a multiple of 8, addresses aligned to 16 bytes) or `Scalar`; where the
 ReLU mask comes from; what joins before the ReLU; of `bottleneck_eval` dtype, channels inside, and whether the
 shortcut is a projection; of `basic_block_eval` dtype and channels; of `rotated_stage` dtype, channels inside, and
-whether a block follows. registers: of one thread (limit {sass.REGISTER_LIMIT}).
+whether a block follows; of `conv_fprop` dtype, pixels and channels of a tile, input channels of a step, steps in
+shared memory, warps side by side along pixels. registers: of one thread (limit {sass.REGISTER_LIMIT}).
 shared: bytes of one block, from sm_90 on with the 1024 bytes the system keeps of it. load, store: bytes moved by
 the widest instruction of one thread from or to global memory. stack, spills: bytes and local-memory instructions
 of one thread, expected 0. `bn_one_pass_*` take dynamic shared memory beside: all that two blocks of a multiprocessor
@@ -286,4 +294,5 @@ def generate(jobs: int = 2, architectures=ARCHITECTURES) -> str:
     problems = [problem for row in table for problem in row.problems]
     if problems:
         raise RuntimeError("\n".join(problems))
-    return "\n".join([header(), *(section(arch, table) for arch in architectures), blocks(table), hopper(table)])
+    tensor_cores = blocks(table), blocks(table, "Convolutions", ("conv_fprop",)), hopper(table)
+    return "\n".join([header(), *(section(arch, table) for arch in architectures), *tensor_cores])
