@@ -304,7 +304,7 @@ FAULTS = {
     "barrier": ("fragments.cuh", "        sync_block();\n", ""),
     "pitch": ("bottleneck_eval.cuh", "const int pixel = (kRowsPerWarp * warp + i) * kHalo",
               "const int pixel = (kRowsPerWarp * warp + i) * (kHalo - 1)"),
-    "tap": ("bottleneck_eval.cuh", "* kHalo + column + t;", "* kHalo + column + (t + 1) % 3;"),
+    "tap": ("taps.cuh", "r * row + t * kPitch", "r * row + (t + 1) % 3 * kPitch"),
     "padding": ("bottleneck_eval.cuh", "if (from[i].p[e] < 0) packed", "if (from[i].p[e] < -1) packed"),
     "wait": ("fragments.cuh", "copy_async_wait<kStages - 2>();", "copy_async_wait<kStages - 1>();"),
     "drain": ("bottleneck_eval.cuh", "    weights.finish();\n", ""),
