@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from .conv_left_out import LEFT_OUT
+
 #: ConvConfig.kernel -> file of its launchers.
 FILES = {
     "patch": "conv_patch",
@@ -147,34 +149,15 @@ def patch_candidates(kind: str, problem, hooks, itemsize: int, capability) -> li
     return list(dict.fromkeys(found))
 
 
-#: Configurations that spilled when compiled for a chip (`docs/kernels/candidates.md`): (lowest compute capability of
-#: those compiled for, kind, hooks, configuration in words without its patch) -> what was seen.
-LEFT_OUT: dict[tuple, str] = {
-    ((8, 9), "dgrad", ("pre",), "gather 128 128 64 w8 s3"): "116736 bytes of shared memory of 101376",
-    ((8, 9), "dgrad", ("add", "pre"), "gather 128 128 64 w8 s3"): "116736 bytes of shared memory of 101376",
-    ((8, 9), "dgrad", ("add", "mask", "pre"), "gather 128 128 64 w8 s3"): "116736 bytes of shared memory of 101376",
-    ((8, 9), "wgrad", (), "narrow 128 64 64 w8 s2"): "3 spills",
-    ((8, 9), "wgrad", ("prologue",), "wgrad_gather 64 64 64 w4 s3"): "2 spills",
-    ((9, 0), "dgrad", ("act", "reduce", "y"), "rows 128 128 64 w8 s1"): "12 spills",
-    ((9, 0), "wgrad", ("pre", "prologue"), "wgrad_patch 128 64 64 w4 s4"): "11 spills",
-    ((9, 0), "wgrad", ("bits", "pre", "prologue"), "wgrad_patch 128 64 64 w4 s4"): "39 to 46 spills",
-    ((10, 0), "fprop", ("stats",), "gather 128 256 64 w8 s3"): "300 spills",
-    ((10, 0), "fprop", ("stats",), "gather 256 128 64 w8 s3"): "306 spills",
-    ((10, 0), "fprop", ("prologue",), "gather 64 128 64 w8 s3"): "2 spills",
-    ((10, 0), "fprop", ("bias", "relu", "residual"), "rows 128 128 64 w4 s1"): "204 spills",
-    ((10, 0), "dgrad", ("pre",), "gather 128 128 64 w8 s3"): "17 spills",
-    ((10, 0), "wgrad", (), "narrow 64 64 64 w8 s2"): "2 spills",
-    ((10, 0), "wgrad", ("pre",), "wgrad_patch 64 64 64 w4 s3"): "2 spills",
-}
 #: Compute capabilities that were compiled for; those between are taken for the one below.
 COMPILED = ((8, 0), (8, 9), (9, 0), (10, 0))
 
 
 def _compiles(kind: str, hooks, itemsize: int, capability, config: ConvConfig) -> bool:
-    """Whether nothing is known against a 16-bit configuration on the compiler's side."""
+    """Whether nothing is known against a configuration on the compiler's side."""
     chip = max((c for c in COMPILED if c <= tuple(capability)), default=COMPILED[0])
     name = f"{config.kernel} {config.BM} {config.BN} {config.BK} w{config.num_warps} s{config.num_stages}"
-    return itemsize != 2 or (chip, kind, tuple(hooks), name) not in LEFT_OUT
+    return (chip, kind, tuple(hooks), name) not in LEFT_OUT.get(itemsize, {})
 
 
 def candidates(kind: str, problem, hooks, itemsize: int, capability) -> tuple[ConvConfig, ...]:

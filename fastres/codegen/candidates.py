@@ -87,8 +87,9 @@ def section(version: str, found: list[conv.Row]) -> str:
 def header() -> str:
     configs = importlib.import_module("fastres.triton_kernels.conv_configs")
     left_out = "\n".join(
-        f"| {'.'.join(map(str, capability))} | {kind} | {', '.join(hooks) or '-'} | {config} | {why} |"
-        for (capability, kind, hooks, config), why in configs.LEFT_OUT.items()
+        f"| {'.'.join(map(str, capability))} | {8 * size} | {kind} | {', '.join(hooks) or '-'} | {config} | {why} |"
+        for size, left_out in configs.LEFT_OUT.items()
+        for (capability, kind, hooks, config), why in left_out.items()
     )
     return f"""# Every candidate of the tuning, as compiled
 
@@ -109,10 +110,11 @@ check of portability, pointers only, compiled with two stages.
 
 ## Left out
 
-Configurations that `conv_configs.candidates` would offer and does not, on what was seen here:
+Configurations that `conv_configs.candidates` would offer and does not, under any Triton, on what was seen here under
+the one named:
 
-| compute capability from | kind | hooks | config | why |
-|---|---|---|---|---|
+| compute capability from | bits | kind | hooks | config | why |
+|---|--:|---|---|---|---|
 {left_out}
 """
 
