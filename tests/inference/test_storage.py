@@ -17,7 +17,8 @@ from fastres.inference import SessionFileError, storage
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("sessions") / "deep" / "tiny.safetensors"
-    session = fastres.optimize(tiny(width_per_group=64), pixels())
+    # "exact": a choice of kernels by the clock may differ from one session to the next, and with it the last bits.
+    session = fastres.optimize(tiny(width_per_group=64), pixels(), precision="exact")
     assert session.save(str(path)) == path and [p.name for p in path.parent.iterdir()] == [path.name]
     return session, path
 
