@@ -30,23 +30,28 @@ def why_not(node: Node, device: torch.device, dtype: torch.dtype, precision: str
         return [f"the session is on {device}, the kernels are for the CPU"]
     if isinstance(node, Stem):
         return _stem(node, dtype)
-    # Pooling and classifiers have no contest of their own: they go with the convolutions.
-    weights = [(c.weight, c.geometry) for c in node.convs()] or [(torch.empty(64, 64, 3, 3), _PLAIN)]
+    convs = [(c.weight.shape, c.geometry) for c in node.convs()]
+    return _convolutions(convs, dtype, precision) if convs else _beside_convolutions(dtype)
+
+
+def _beside_convolutions(dtype: torch.dtype) -> list[str]:
+    """Stems, pooling and classifiers have no contest of their own: they go with a usual convolution's direct sums."""
+    return _convolutions([(torch.Size((64, 64, 3, 3)), ((1, 1), (1, 1), (1, 1), 1))], dtype, "exact")
+
+
+def _convolutions(convs: list[tuple], dtype: torch.dtype, precision: str) -> list[str]:
     unserved: list[str] = []
     slower: list[str] = []
     fast = False
-    for weight, geometry in weights:
-        w = torch.empty(1, dtype=dtype).expand(weight.shape)
+    for shape, geometry in convs:
+        w = torch.empty(1, dtype=dtype).expand(shape)
         x = torch.empty(1, dtype=dtype).expand(1, w.shape[1] * geometry[3], 16, 16)
         unserved += cpu_conv.why_not(x, w, geometry, grouped=True)
         dense = torch.empty(1, dtype=dtype).expand(w.shape[0], x.shape[1], *w.shape[2:])
         if not cpu_conv.wins("fprop", x, dense, (*geometry[:3], 1)):
             slower.append(f"{tuple(w.shape)} {str(dtype)[6:]}: oneDNN's convolution is the faster one")
-        fast = fast or (bool(node.convs()) and cpu_winograd.wins(x, w, geometry) and precision != "exact")
+        fast = fast or (precision != "exact" and cpu_winograd.wins(x, w, geometry))
     return list(dict.fromkeys(unserved or ([] if fast else slower)))
-
-
-_PLAIN = ((1, 1), (1, 1), (1, 1), 1)
 
 
 def _stem(node: Stem, dtype: torch.dtype) -> list[str]:
@@ -54,12 +59,7 @@ def _stem(node: Stem, dtype: torch.dtype) -> list[str]:
     if w.shape[1] != 3 or groups != 1 or stride[1] != 2 or dilation != (1, 1) or w.shape[2] > cpu_conv.STEM_ROWS:
         at_most = f"at most {cpu_conv.STEM_ROWS} rows of taps"
         return [f"a stem of {tuple(w.shape)} with stride {stride}: expected 3 channels, a stride of 2, {at_most}"]
-    x = torch.empty(1, dtype=dtype).expand(1, 64, 16, 16)
-    plain = torch.empty(1, dtype=dtype).expand(64, 64, 3, 3)
-    found = cpu_conv.why_not(x, plain, _PLAIN)
-    if not found and not cpu_conv.wins("fprop", x, plain, _PLAIN):
-        found = [f"{str(dtype)[6:]}: oneDNN's convolutions are the faster ones"]
-    return found
+    return _beside_convolutions(dtype)
 
 
 def precision(device: torch.device, dtype: torch.dtype, asked: str) -> str:
@@ -78,7 +78,7 @@ class CpuSegment:
         self.segment, self.dtype, self.precision = segment, dtype, precision
         self.weights = [[Packed(c) for c in _convs(node)] for node in segment.nodes]
         self._programs: dict[tuple, Built] = {}
-        #: (instruction set, threads, about how many pixels) -> convolution -> its kernel.
+        #: (instruction set, threads, about how many elements of input) -> convolution -> its kernel.
         self._choices: dict[tuple, dict[Packed, Choice]] = {}
         self._lock = threading.Lock()
 
@@ -91,7 +91,7 @@ class CpuSegment:
                 if found is None:
                     pick = self._chosen(shape, *key[1:]).__getitem__
                     found = self._build(shape, pick)
-                    if gather([p for of_node in self.weights for p in of_node], key[1]):
+                    if gather(self._packed(), key[1]):
                         found = self._build(shape, pick)
                     while len(self._programs) >= _PROGRAMS:
                         self._programs.pop(next(iter(self._programs)))
@@ -104,17 +104,19 @@ class CpuSegment:
     def _chosen(self, shape: Shape, isa: str, threads: int) -> dict[Packed, Choice]:
         """The fastest kernel of every convolution at inputs about as large as ``shape``. Measured once, in whole runs:
         what a kernel finds in the caches, its weights not among it, decides as much as its arithmetic."""
-        packed = [p for of_node in self.weights for p in of_node]
-        kinds = {p: p.kinds(self.dtype, self.precision) for p in packed}
         key = isa, threads, torch.Size(shape).numel().bit_length()
         if key not in self._choices:
+            kinds = {p: p.kinds(self.dtype, self.precision) for p in self._packed()}
             if any(len(of_conv) > 1 for of_conv in kinds.values()) and torch.Size(shape).numel():
                 self._choices[key] = self._measured((min(shape[0], _IMAGES), *shape[1:]), kinds)
             else:
-                self._choices[key] = {p: Choice(DIRECT) for p in packed}
-            for p in packed:
+                self._choices[key] = {p: Choice(DIRECT) for p in kinds}
+            for p in kinds:
                 p.keep(isa, {chosen[p].out for (of, *_), chosen in self._choices.items() if of == isa})
         return self._choices[key]
+
+    def _packed(self) -> list[Packed]:
+        return [p for of_node in self.weights for p in of_node]
 
     def _measured(self, shape: Shape, kinds: dict[Packed, tuple[int, ...]]) -> dict[Packed, Choice]:
         def uniformly(kind: int) -> Built:
@@ -172,7 +174,7 @@ class CpuSegment:
         return found
 
     def memory(self, shape: Shape) -> int:
-        held = sum(p.bytes() for packed in self.weights for p in packed)
+        held = sum(p.bytes() for p in self._packed())
         return held + self._built(tuple(shape)).program.arena_bytes
 
 

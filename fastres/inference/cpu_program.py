@@ -84,7 +84,6 @@ class Builder:
         out = node.out_shape(self.shape)
         target = self._target(out, last)
         if isinstance(node, Stem):
-            P, Q = node.conv.out_shape(self.shape, node.name)[2:]
             pool = (node.pool_kernel, node.pool_stride, node.pool_padding, *out[2:])
             weights = self._weights(packed[0].get(self.isa, "stem"), packed[0].bias)
             fields = sizes(self.shape, tuple(packed[0].weight.shape), node.conv.geometry)

@@ -51,10 +51,10 @@ class Packed:
             with torch.inference_mode(False), torch.no_grad():
                 if kind == "stem":
                     found = cpu_conv.pack_stem(self.weight)
+                elif kind == DIRECT:
+                    found = cpu_conv.pack(self.weight, self.conv.groups)
                 else:
-                    found = (
-                        cpu_winograd.pack(self.weight, kind) if kind else cpu_conv.pack(self.weight, self.conv.groups)
-                    )
+                    found = cpu_winograd.pack(self.weight, kind)
             self._held[isa, kind] = found
         return found
 
@@ -83,17 +83,13 @@ class Packed:
         fast = precision != "exact" and not cpu_winograd.why_not(x, w, self.conv.geometry)
         return (DIRECT, *cpu_winograd.OUTS) if fast else (DIRECT,)
 
-    def error(self, kind: int) -> float:
-        """How far the kernel is from float64 on random pixels, relative, in float32."""
+    def error(self, out: int) -> float:
+        """How far Winograd's tile ``out`` is from float64 on random pixels, relative, in float32."""
         x = torch.randn(1, self.conv.inputs, 16, 16, generator=torch.Generator().manual_seed(0))
         x = x.relu_().contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(False), torch.no_grad():
             truth = torch.nn.functional.conv2d(x.double(), self.weight.double(), None, *self.conv.geometry)
-            packed = self.get(cpu.isa(), kind)
-            if kind:
-                found = cpu_winograd.fprop(x, packed, len(self.bias), self.conv.padding, kind)
-            else:
-                found = cpu_conv.fprop(x, self.weight, self.conv.geometry, packed=packed)
+            found = cpu_winograd.fprop(x, self.get(cpu.isa(), out), len(self.bias), self.conv.padding, out)
             return float((found.double() - truth).norm() / truth.norm().clamp(min=1e-300))
 
 

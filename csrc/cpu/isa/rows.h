@@ -140,23 +140,7 @@ class Channels {
     Scratch copy_;
 };
 
-// f(T()) with the activation type of a dtype code.
-template <class F>
-void with_type(int dtype, const F& f) {
-    switch (dtype) {
-        case kF32:
-            return f(float());
-        case kBF16:
-            return f(bf16());
-        case kF16:
-            return f(fp16());
-        case kF64:
-            return f(double());
-    }
-    cpu_runtime::bad_dtype(dtype);
-}
-
-// As with_type, for what knows no double.
+// f(T()) with the activation type of a dtype code, for what knows no double.
 template <class F>
 void with_narrow(int dtype, const F& f) {
     switch (dtype) {
@@ -168,6 +152,13 @@ void with_narrow(int dtype, const F& f) {
             return f(fp16());
     }
     cpu_runtime::bad_dtype(dtype);
+}
+
+// The same, double included.
+template <class F>
+void with_type(int dtype, const F& f) {
+    if (dtype == kF64) return f(double());
+    with_narrow(dtype, f);
 }
 
 template <class F>
