@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from fastres.backends import fragments, native
-from fastres.backends.conv_checks import activation
+from fastres.backends.conv_checks import activation, overlap
 
 
 @dataclass(frozen=True)
@@ -140,17 +140,5 @@ def check_packed(fn: str, x: torch.Tensor, arrays) -> None:
 
 def check_apart(fn: str, out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor) -> None:
     """Raises where ``out`` shares memory with an input."""
-    if out.numel() and any(t.numel() and overlap(t, out) for t in (x, weights, bias)):
+    if any(overlap(t, out) for t in (x, weights, bias)):
         raise ValueError(f"{fn}: out must not overlap x, weights or bias in memory")
-
-
-def _span(t: torch.Tensor) -> tuple[int, int]:
-    """First address of ``t`` and the one behind its last, whatever its strides."""
-    reach = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + reach * t.element_size()
-
-
-def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors, neither empty, may share memory."""
-    first, second = _span(a), _span(b)
-    return first[0] < second[1] and second[0] < first[1]

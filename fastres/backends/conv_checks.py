@@ -28,7 +28,15 @@ def vector(fn: str, name: str, t: torch.Tensor, device: torch.device, shape) -> 
         raise ValueError(f"{fn}: {name} must be contiguous float32 {list(shape)} on {device}, got {got}")
 
 
+def _span(t: torch.Tensor) -> tuple[int, int]:
+    """First address of ``t`` and the one behind its last, whatever its strides."""
+    reach = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + reach * t.element_size()
+
+
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two dense tensors share memory."""
-    first, second = ((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (a, b))
+    """Whether two tensors may share memory; an empty one shares none."""
+    if not a.numel() or not b.numel():
+        return False
+    first, second = _span(a), _span(b)
     return first[0] < second[1] and second[0] < first[1]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fastres.backends import block_kernels, native
-from fastres.backends.conv_checks import activation
+from fastres.backends.conv_checks import activation, overlap
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Launcher:
         written = [("out", out)] + [("next", next)] * (next is not None)
         read = (h, residual, weights, bias)
         for i, (name, t) in enumerate(written):
-            if t.numel() and any(block_kernels.overlap(t, other) for other in (*read, *(w for _, w in written[:i]))):
+            if any(overlap(t, other) for other in (*read, *(w for _, w in written[:i]))):
                 raise ValueError(f"{fn}: {name} must not overlap another argument in memory")
         if out.numel():
             pointers = [0 if t is None else t.data_ptr() for t in (weights, bias, out, next)]
