@@ -45,14 +45,17 @@ def build_emulated(source: Path, path: Path, *, csrc: Path = CSRC) -> ctypes.CDL
     return ctypes.CDLL(str(path))
 
 
-def build_planted(folder: Path, selftest: str, file: str, sound: str, faulty: str) -> ctypes.CDLL:
-    """A selftest of the emulator with ``sound`` in ``csrc/cuda/<file>`` replaced by ``faulty``; no file: as it is."""
+def build_planted(folder: Path, selftest: str, file: str, sound: str, faulty: str, *more: str) -> ctypes.CDLL:
+    """A selftest of the emulator with ``sound`` in ``csrc/cuda/<file>`` replaced by ``faulty``, and likewise the pairs
+    of ``more``; no file: as it is."""
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc, ignore=shutil.ignore_patterns("cpu"))
     if file:
-        text = (csrc / "cuda" / file).read_text()
-        assert text.count(sound) == 1, f"{file} has {text.count(sound)} times {sound!r}"
-        (csrc / "cuda" / file).write_text(text.replace(sound, faulty))
+        text, changes = (csrc / "cuda" / file).read_text(), (sound, faulty, *more)
+        for right, wrong in zip(changes[::2], changes[1::2], strict=True):
+            assert text.count(right) == 1, f"{file} has {text.count(right)} times {right!r}"
+            text = text.replace(right, wrong)
+        (csrc / "cuda" / file).write_text(text)
     return build_emulated(csrc / "emulator" / selftest, folder / "planted.so", csrc=csrc)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
 
+import eval_cases
 import pytest
 import torch
 from emulated import build_planted, call_planted
@@ -162,30 +162,9 @@ def test_empty(emulator):
 def test_modules_use_it(emulator, monkeypatch):
     """A folded block of fastres.nn in evaluation is one launch, and what it computes is the block."""
     torch.manual_seed(0)
-    block = fnn.BasicBlock(64, 64).to(torch.bfloat16).eval()
-    for m in block.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.running_var, 0.5, 2), nn.init.normal_(m.running_mean), nn.init.normal_(m.bias)
-    block._fastres_fold = True
+    block = eval_cases.ready(fnn.BasicBlock(64, 64))
     x = torch.randn(1, 64, 9, 15, dtype=torch.bfloat16)
-    calls = []
-    inner = emulator.basic_block_eval
-    monkeypatch.setattr(emulator, "basic_block_eval", lambda *a: (calls.append(a), inner(*a)))
-    with torch.no_grad(), fastres.backend("emulator"):
-        out, again = block(x), block(x.to(memory_format=torch.channels_last))
-    assert len(calls) == 2 and calls[0][1] is calls[1][1], "the packed weights are kept"
-    assert out.is_contiguous() and torch.equal(out, again)
-    truth = copy.deepcopy(block).double()
-    truth._fastres_fold = False
-    with torch.no_grad(), fastres.backend("reference"):
-        expected = truth(x.double())
-    torch.testing.assert_close(out.double(), expected, rtol=2**-5, atol=2**-5 * expected.abs().max().item())
-    with torch.no_grad(), fastres.backend("emulator"):
-        block.conv2.weight.mul_(0)  # noticed: packed anew
-        assert not torch.equal(block(x), out) and calls[2][1] is not calls[0][1]
-        calls.clear()
-        block.float()(x.float())
-    assert not calls, "float32 goes to separate convolutions"
+    eval_cases.uses_kernel(block, x, emulator, "basic_block_eval", monkeypatch)
 
 
 @pytest.mark.parametrize("change", ["stride", "dilation", "groups", "padding", "channels", "shortcut"])

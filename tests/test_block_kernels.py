@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import ctypes
 import os
-import shutil
 
+import eval_cases
 import pytest
 import torch
-from emulated import CSRC, build_emulated
+from emulated import build_planted, call_planted
 from torch import nn
 
 import fastres
@@ -71,18 +69,10 @@ def test_same_bits(emulator, shape):
 @pytest.mark.parametrize("tap", range(9))
 def test_taps(emulator, tap):
     """A 3x3 of one tap moves the image by one pixel, with zeros from outside although relu(bias) is not zero."""
-    C, H, W = 64, 15, 16
-    x = torch.randn(1, C, H, W, generator=torch.Generator().manual_seed(tap)).to(torch.bfloat16)
-    x = x.contiguous(memory_format=torch.channels_last)
-    one = torch.eye(C, dtype=torch.bfloat16)[:, :, None, None]
-    w2 = torch.zeros(C, C, 3, 3, dtype=torch.bfloat16)
-    w2[:, :, tap // 3, tap % 3] = one[:, :, 0, 0]
-    bias = torch.cat((torch.full((C,), 1.0), torch.zeros(2 * C)))
+    x, weights, bias, expected = eval_cases.moving_bottleneck(64, 15, 16, tap)
     out = torch.empty_like(x)
-    emulator.bottleneck_eval(x, fragments.bottleneck(one, w2, one), bias, C, False, out)
-    y = torch.relu(x.double() + 1).to(torch.bfloat16).double()
-    moved = nn.functional.pad(y, (1, 1, 1, 1))[:, :, tap // 3 :, tap % 3 :][:, :, :H, :W]
-    assert torch.equal(out, torch.relu(moved + x.double()).to(torch.bfloat16))
+    emulator.bottleneck_eval(x, fragments.bottleneck(*weights), bias, 64, False, out)
+    assert torch.equal(out, expected)
 
 
 def test_nan_and_infinity(emulator):
@@ -168,30 +158,9 @@ def test_modules_use_it(emulator, monkeypatch, projected):
     """A folded block of fastres.nn in evaluation is one launch, and what it computes is the block."""
     torch.manual_seed(0)
     down = nn.Sequential(nn.Conv2d(64, 256, 1, bias=False), nn.BatchNorm2d(256)) if projected else None
-    block = fnn.Bottleneck(64 if projected else 256, 64, downsample=down).to(torch.bfloat16).eval()
-    for m in block.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.running_var, 0.5, 2), nn.init.normal_(m.running_mean), nn.init.normal_(m.bias)
-    block._fastres_fold = True
+    block = eval_cases.ready(fnn.Bottleneck(64 if projected else 256, 64, downsample=down))
     x = torch.randn(1, 64 if projected else 256, 9, 15, dtype=torch.bfloat16)
-    calls = []
-    inner = emulator.bottleneck_eval
-    monkeypatch.setattr(emulator, "bottleneck_eval", lambda *a: (calls.append(a), inner(*a)))
-    with torch.no_grad(), fastres.backend("emulator"):
-        out, again = block(x), block(x.to(memory_format=torch.channels_last))
-    assert len(calls) == 2 and calls[0][1] is calls[1][1], "the packed weights are kept"
-    assert out.is_contiguous() and torch.equal(out, again)
-    truth = copy.deepcopy(block).double()
-    truth._fastres_fold = False
-    with torch.no_grad(), fastres.backend("reference"):
-        expected = truth(x.double())
-    torch.testing.assert_close(out.double(), expected, rtol=2**-5, atol=2**-5 * expected.abs().max().item())
-    with torch.no_grad(), fastres.backend("emulator"):
-        block.conv2.weight.mul_(0)  # noticed: packed anew
-        assert not torch.equal(block(x), out) and calls[2][1] is not calls[0][1]
-        calls.clear()
-        block.float()(x.float())
-    assert not calls, "float32 goes to separate convolutions"
+    eval_cases.uses_kernel(block, x, emulator, "bottleneck_eval", monkeypatch)
 
 
 @pytest.mark.parametrize("change", ["stride", "dilation", "groups", "bias"])
@@ -319,26 +288,14 @@ RARE = ("padding", "wait", "drain")  # caught too, at the price of a compilation
 def test_planted_faults(fault, tmp_path):
     if fault in RARE and not os.environ.get("FASTRES_FULL"):
         pytest.skip("set FASTRES_FULL=1")
-    file, sound, faulty = FAULTS[fault]
-    csrc = tmp_path / "csrc"
-    shutil.copytree(CSRC, csrc, ignore=shutil.ignore_patterns("cpu"))
-    if file:
-        text = (csrc / "cuda" / file).read_text()
-        assert text.count(sound) == 1
-        (csrc / "cuda" / file).write_text(text.replace(sound, faulty))
-    library = build_emulated(csrc / "emulator" / "selftest_block.cu", tmp_path / "block.so", csrc=csrc)
+    library = build_planted(tmp_path, "selftest_block.cu", *FAULTS[fault])
     shape = BottleneckShape(1, 16, 15, 64, 64, 64, False)
     x, w1, w2, w3, projection, bias = block_trials.bottleneck_data(shape, CPU, torch.bfloat16, True)
     out = torch.full_like(x, float("nan"))
     expected = block_trials.bottleneck_expected(x, w1, w2, w3, projection, bias).to(torch.bfloat16)
-    weights, message = fragments.bottleneck(w1, w2, w3), ctypes.create_string_buffer(1024)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (weights, bias, out)]
-    sizes = (shape.N, shape.H, shape.W, shape.C)
-    status = library.selftest(
-        ctypes.c_void_p(x.data_ptr()), *sizes, *pointers, ctypes.c_int64(3), message, ctypes.c_size_t(len(message))
-    )
-    error, right = message.value.decode(), torch.equal(out, expected)
-    assert (status == 0) == (error == "")
+    weights = fragments.bottleneck(w1, w2, w3)
+    error = call_planted(library, x, shape.N, shape.H, shape.W, shape.C, weights, bias, out, 3)
+    right = torch.equal(out, expected)
     if fault == "none":
         assert error == "" and right
     elif CAUGHT_AS.get(fault):

@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 
+import eval_cases
 import pytest
 import torch
 from emulated import build_planted, call_planted
-from torch import nn
 
 import fastres
 from fastres import dispatch, whole_block
@@ -89,18 +89,10 @@ def test_bits(emulator, shape):
 @pytest.mark.parametrize("tap", range(9))
 def test_taps(hopper, tap):
     """A 3x3 of one tap moves the image by one pixel, with zeros from outside although relu(bias) is not zero."""
-    C, H, W = 64, 9, 17
-    x = torch.randn(1, C, H, W, generator=torch.Generator().manual_seed(tap)).to(torch.bfloat16)
-    x = x.contiguous(memory_format=torch.channels_last)
-    one = torch.eye(C, dtype=torch.bfloat16)[:, :, None, None]
-    w2 = torch.zeros(C, C, 3, 3, dtype=torch.bfloat16)
-    w2[:, :, tap // 3, tap % 3] = one[:, :, 0, 0]
-    bias = torch.cat((torch.full((C,), 1.0), torch.zeros(2 * C)))
+    x, weights, bias, expected = eval_cases.moving_bottleneck(64, 9, 17, tap)
     out = torch.full_like(x, float("nan"))
-    hopper.bottleneck_eval(x, planes.bottleneck(one, w2, one), bias, C, False, out)
-    y = torch.relu(x.double() + 1).to(torch.bfloat16).double()
-    moved = nn.functional.pad(y, (1, 1, 1, 1))[:, :, tap // 3 :, tap % 3 :][:, :, :H, :W]
-    assert torch.equal(out, torch.relu(moved + x.double()).to(torch.bfloat16))
+    hopper.bottleneck_eval(x, planes.bottleneck(*weights), bias, 64, False, out)
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[5]], ids=str)
@@ -230,11 +222,7 @@ def test_modules_use_it(emulator, monkeypatch):
     """A folded block of fastres.nn packs for the version that serves it."""
     emulator.module.set_chip("sm_90a", 2)
     torch.manual_seed(0)
-    block = fnn.Bottleneck(256, 64).to(torch.bfloat16).eval()
-    for m in block.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.running_var, 0.5, 2), nn.init.normal_(m.running_mean), nn.init.normal_(m.bias)
-    block._fastres_fold = True
+    block = eval_cases.ready(fnn.Bottleneck(256, 64))
     x = torch.randn(1, 256, 5, 6, dtype=torch.bfloat16)
     with torch.no_grad(), fastres.backend("emulator"):
         portable = block(x)
