@@ -1,18 +1,15 @@
 // Host side of bottleneck_hopper.cuh: which shapes it serves, the map of x, and the persistent grid.
 #include "bottleneck_hopper.cuh"
+#include "eval_checks.h"
 #include "launch_cuda.h"
 
 namespace FASTRES_BACKEND {
 
 namespace {
 
-constexpr i64 kMaxSize = 1 << 20;  // of N, H, W, C, K
-constexpr i64 kMaxTiles = 1 << 30;
 constexpr i64 kSharedLimit = 227 * 1024 - 256;  // of a block on sm_90, but for the barriers
 
-void require(bool fits, const char* what, i64 got) {
-    if (!fits) throw std::invalid_argument(std::string("bottleneck_hopper: ") + what + ", got " + std::to_string(got));
-}
+constexpr Require require{"bottleneck_hopper"};
 
 template <class P, bool kProjected>
 void start(int dtype, const HopperShape& s, i64 N, const void* x, const void* weights, const void* bias, void* out,
@@ -30,13 +27,12 @@ void start(int dtype, const HopperShape& s, i64 N, const void* x, const void* we
                               kSwizzle64};
     const TensorMap map = tensor_map(layout);
     const i64 grid = least<i64>(s.tiles, multiprocessors());
-    const auto with = [&](auto t) {
+    with_half(dtype, [&](auto t) {
         using T = decltype(t);
         launch_with_shared<kHopperThreads>("bottleneck_hopper", bottleneck_hopper_kernel<T, P, kProjected>, grid, 1,
                                            bytes, ctx, s, map, static_cast<const T*>(x), weights,
                                            static_cast<const float*>(bias), static_cast<T*>(out));
-    };
-    dtype == kBF16 ? with(bf16{}) : with(f16{});
+    });
 }
 
 }  // namespace
@@ -51,29 +47,21 @@ bool has_sm90a() {
 
 void bottleneck_hopper(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, i64 mid, i64 K, int projected,
                        const void* weights, const void* bias, void* out, i64 ctx) {
-    require(dtype == kBF16 || dtype == kF16, "dtype code is 1 (bfloat16) or 2 (float16)", dtype);
+    require.half(dtype);
     require(mid == 64 || (mid == 128 && !projected), "mid is 64, or 128 without a projection", mid);
     require(projected ? C == mid : C == K, "C is mid with a projection, else K", C);
-    require(C > 0 && C % 64 == 0 && C < kMaxSize, "C is a multiple of 64", C);
-    require(K > 0 && K % 64 == 0 && K < kMaxSize, "K is a multiple of 64", K);
-    require(N >= 0 && N < kMaxSize, "N is 0..2^20", N);
-    require(H >= 0 && H < kMaxSize, "H is 0..2^20", H);
-    require(W >= 0 && W < kMaxSize, "W is 0..2^20", W);
-    require(aligned16(x), "x is aligned to 16 bytes", reinterpret_cast<i64>(x));
-    require(aligned16(weights), "weights is aligned to 16 bytes", reinterpret_cast<i64>(weights));
-    require(aligned16(bias), "bias is aligned to 16 bytes", reinterpret_cast<i64>(bias));
-    require(aligned16(out), "out is aligned to 16 bytes", reinterpret_cast<i64>(out));
+    require.channels("C", C);
+    require.channels("K", K);
+    require.images(N, H, W);
+    require.aligned("x", x);
+    require.aligned("weights", weights);
+    require.aligned("bias", bias);
+    require.aligned("out", out);
     HopperShape s{};
-    s.H = static_cast<int>(H);
-    s.W = static_cast<int>(W);
     s.C = static_cast<int>(C);
     s.K = static_cast<int>(K);
-    s.tiles_h = static_cast<int>(ceil_div(H, mid == 64 ? Narrow::kTileH : Wide::kTileH));
-    s.tiles_w = static_cast<int>(ceil_div(W, mid == 64 ? Narrow::kTileW : Wide::kTileW));
-    const i64 tiles = N * s.tiles_h * s.tiles_w;
-    require(tiles < kMaxTiles, "there are fewer than 2^30 tiles", tiles);
-    require(H * W * most(C, K) < (i64{1} << 31), "an image has fewer than 2^31 elements", H * W * most(C, K));
-    s.tiles = static_cast<int>(tiles);
+    tile_images(require, s, N, H, W, most(C, K), mid == 64 ? Narrow::kTileH : Wide::kTileH,
+                mid == 64 ? Narrow::kTileW : Wide::kTileW);
     if (s.tiles == 0) return;
     if (!has_sm90a()) throw std::runtime_error("bottleneck_hopper: this was not compiled for sm_90a");
     if (!is_hopper()) throw std::runtime_error("bottleneck_hopper: the GPU is not of compute capability 9.0");

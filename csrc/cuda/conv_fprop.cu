@@ -1,5 +1,6 @@
 // Host side of conv_fprop.cuh: its tiles, what it serves; and the merge of its statistics.
 #include "conv_fprop.cuh"
+#include "eval_checks.h"
 #include "launch_cuda.h"
 
 namespace FASTRES_BACKEND {
@@ -8,9 +9,7 @@ namespace {
 
 constexpr i64 kLimit = i64{1} << 31;
 
-void require(bool fits, const char* what, i64 got) {
-    if (!fits) throw std::invalid_argument(std::string("conv_fprop: ") + what + ", got " + std::to_string(got));
-}
+constexpr Require require{"conv_fprop"};
 
 struct ConvCall {
     ConvShape s;
@@ -64,7 +63,7 @@ void choose(int tile, ConvCall& call) {
 void conv_fprop(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, const void* w, i64 K, i64 R, i64 S, i64 stride_h,
                 i64 stride_w, i64 pad_h, i64 pad_w, i64 dilation_h, i64 dilation_w, i64 groups, const void* bias,
                 const void* residual, int relu, void* part, void* out, int tile, i64 ctx) {
-    require(dtype == kBF16 || dtype == kF16, "dtype code is 1 (bfloat16) or 2 (float16)", dtype);
+    require.half(dtype);
     for (const i64 size : {N, H, W, C, K, pad_h, pad_w}) require(size >= 0 && size < kLimit, "sizes are 0..2^31", size);
     for (const i64 size : {R, S}) require(size >= 1 && size <= kMaxTaps, "filters have 1..7 taps an axis", size);
     for (const i64 size : {stride_h, stride_w, dilation_h, dilation_w, groups}) {
@@ -74,10 +73,10 @@ void conv_fprop(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, const void
     require(K > 0 && K % (kVec * groups) == 0, "K is a multiple of 8 for each group", K);
     require(K * R * S * (C / groups) < kLimit, "w has fewer than 2^31 elements", K * R * S * (C / groups));
     require(!part || (!relu && !residual), "statistics are those of an output without ReLU and residual", relu);
-    require(aligned16(x), "x is aligned to 16 bytes", reinterpret_cast<i64>(x));
-    require(aligned16(w), "w is aligned to 16 bytes", reinterpret_cast<i64>(w));
-    require(aligned16(residual), "residual is aligned to 16 bytes", reinterpret_cast<i64>(residual));
-    require(aligned16(out), "out is aligned to 16 bytes", reinterpret_cast<i64>(out));
+    require.aligned("x", x);
+    require.aligned("w", w);
+    require.aligned("residual", residual);
+    require.aligned("out", out);
     const i64 P = (H + 2 * pad_h - dilation_h * (R - 1) - 1) / stride_h + 1;
     const i64 Q = (W + 2 * pad_w - dilation_w * (S - 1) - 1) / stride_w + 1;
     require(H + 2 * pad_h > dilation_h * (R - 1) && W + 2 * pad_w > dilation_w * (S - 1), "the filter fits", H);
@@ -93,11 +92,7 @@ void conv_fprop(int dtype, const void* x, i64 N, i64 H, i64 W, i64 C, const void
     s.dilation_h = narrow(dilation_h), s.dilation_w = narrow(dilation_w), s.groups = narrow(groups);
     call.x = x, call.w = w, call.bias = bias, call.residual = residual, call.relu = relu;
     call.part = part, call.out = out, call.ctx = ctx;
-    if (dtype == kBF16) {
-        choose<bf16>(tile, call);
-    } else {
-        choose<f16>(tile, call);
-    }
+    with_half(dtype, [&](auto t) { choose<decltype(t)>(tile, call); });
 }
 
 // Tiles [g*R, (g+1)*R) of part [3, T, C] into row g of out [3, G, C], in ascending order, in float64.

@@ -1,4 +1,5 @@
 // Host side of stem_eval.cuh: which images it serves, and the persistent grid.
+#include "eval_checks.h"
 #include "launch_cuda.h"
 #include "stem_eval.cuh"
 
@@ -6,13 +7,9 @@ namespace FASTRES_BACKEND {
 
 namespace {
 
-constexpr i64 kMaxSize = 1 << 20;  // of N, H, W
 constexpr i64 kMaxStride = (i64{1} << 31) - 1;
-constexpr i64 kMaxTiles = 1 << 30;
 
-void require(bool fits, const char* what, i64 got) {
-    if (!fits) throw std::invalid_argument(std::string("stem_eval: ") + what + ", got " + std::to_string(got));
-}
+constexpr Require require{"stem_eval"};
 
 template <class T>
 void start(const StemShape& s, const void* x, const void* weights, const void* bias, void* out, i64 ctx) {
@@ -25,7 +22,7 @@ void start(const StemShape& s, const void* x, const void* weights, const void* b
 
 void stem_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 image, i64 channel, i64 row, i64 column,
                const void* weights, const void* bias, void* out, i64 ctx) {
-    require(dtype == kBF16 || dtype == kF16, "dtype code is 1 (bfloat16) or 2 (float16)", dtype);
+    require.half(dtype);
     require(N >= 0 && N < kMaxSize, "N is 0..2^20", N);
     require(H > 0 && H < kMaxSize, "H is 1..2^20", H);
     require(W > 0 && W < kMaxSize, "W is 1..2^20", W);
@@ -34,9 +31,9 @@ void stem_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 image, i64 cha
     require(row >= 0 && row <= kMaxStride, "row, a stride of x, is 0..2^31", row);
     require(column >= 0 && column <= kMaxStride, "column, a stride of x, is 0..2^31", column);
     require(reinterpret_cast<i64>(x) % 2 == 0, "x is aligned to 2 bytes", reinterpret_cast<i64>(x));
-    require(aligned16(weights), "weights is aligned to 16 bytes", reinterpret_cast<i64>(weights));
-    require(aligned16(bias), "bias is aligned to 16 bytes", reinterpret_cast<i64>(bias));
-    require(aligned16(out), "out is aligned to 16 bytes", reinterpret_cast<i64>(out));
+    require.aligned("weights", weights);
+    require.aligned("bias", bias);
+    require.aligned("out", out);
     StemShape s{};
     s.H = static_cast<int>(H);
     s.W = static_cast<int>(W);
@@ -53,11 +50,7 @@ void stem_eval(int dtype, const void* x, i64 N, i64 H, i64 W, i64 image, i64 cha
     const i64 tiles = N * s.tiles_h * s.tiles_w;
     require(tiles < kMaxTiles, "there are fewer than 2^30 tiles of 7 x 7 pooled pixels", tiles);
     s.tiles = static_cast<int>(tiles);
-    if (dtype == kBF16) {
-        start<bf16>(s, x, weights, bias, out, ctx);
-    } else {
-        start<f16>(s, x, weights, bias, out, ctx);
-    }
+    with_half(dtype, [&](auto t) { start<decltype(t)>(s, x, weights, bias, out, ctx); });
 }
 
 }  // namespace FASTRES_BACKEND
