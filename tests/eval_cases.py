@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import torch
 from torch import nn
 
 import fastres
+
+
+def check_reasons(reasons: list[str], words: str) -> None:
+    """``words``, a pattern, are among the reasons; "": there is none."""
+    if words:
+        assert re.search(words, "; ".join(reasons)), reasons
+    else:
+        assert reasons == []
 
 
 def one_tap(C: int, H: int, W: int, tap: int):
