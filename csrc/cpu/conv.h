@@ -49,6 +49,16 @@ void stem_pack(const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& sha
 // y [N, C] = mean over M of x [N, M, C], summed in float32 in the order of M.
 void global_mean(int dtype, const void* x, i64 N, i64 M, i64 C, void* y, i64 ctx);
 
+// conv_fprop on the matrix unit (conv_matrix.h), one group: products of bfloat16 where the activations are, else of
+// float32 as sums of two bfloat16. packed: what matrix_pack made of the float32 weights for the dtype.
+// matrix_unit: one of cpu_runtime::MatrixUnit (matrix_unit.h).
+i64 matrix_unit();
+void matrix_fprop(int dtype, const void* x, const float* packed, const ConvShape& shape, const float* bias /*or null*/,
+                  const void* residual /*or null*/, int relu, void* y, i64 ctx);
+i64 matrix_packed_floats(int dtype, const ConvShape& shape);
+void matrix_pack(int dtype, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed,
+                 i64 ctx);
+
 // dx [N, H, W, C], every element written.
 void conv_dgrad(int dtype, const void* dy, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, void* dx,
                 i64 ctx);

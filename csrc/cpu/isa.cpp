@@ -187,6 +187,15 @@ FORWARD(stem_conv,
 FORWARD(stem_pack, (const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed), w, w_k, w_c,
         w_tap, shape, packed)
 FORWARD(global_mean, (int dtype, const void* x, i64 N, i64 M, i64 C, void* y, i64 ctx), dtype, x, N, M, C, y, ctx)
+FORWARD(matrix_fprop,
+        (int dtype, const void* x, const float* packed, const ConvShape& shape, const float* bias, const void* residual,
+         int relu, void* y, i64 ctx),
+        dtype, x, packed, shape, bias, residual, relu, y, ctx)
+FORWARD(matrix_pack,
+        (int dtype, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed, i64 ctx), dtype,
+        w, w_k, w_c, w_tap, shape, packed, ctx)
+FORWARD_SIZE(matrix_unit, ())
+FORWARD_SIZE(matrix_packed_floats, (int dtype, const ConvShape& shape), dtype, shape)
 FORWARD_SIZE(conv_packed_floats, (const ConvShape& shape), shape)
 FORWARD_SIZE(conv_groups, (i64 C, i64 K, i64 groups), C, K, groups)
 FORWARD_SIZE(winograd_packed_floats, (const ConvShape& shape, i64 out), shape, out)

@@ -37,7 +37,11 @@ using Entry = void (*)();  // a launch function with its type erased
     X(stem_conv)              \
     X(stem_packed_floats)     \
     X(stem_pack)              \
-    X(global_mean)
+    X(global_mean)            \
+    X(matrix_unit)            \
+    X(matrix_fprop)           \
+    X(matrix_packed_floats)   \
+    X(matrix_pack)
 
 enum Index {
 #define FASTRES_INDEX(name) k_##name,

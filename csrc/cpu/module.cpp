@@ -6,6 +6,7 @@
 
 #include "cpu/conv.h"
 #include "cpu/isa.h"
+#include "cpu/matrix_unit.h"
 #include "cpu/parallel.h"
 #include "cpu/pool.h"
 #include "cpu/program.h"
@@ -29,7 +30,8 @@ void program(pybind11::module_& m) {
         .value("direct", Op::kDirect)
         .value("winograd", Op::kWinograd)
         .value("stem", Op::kStem)
-        .value("mean", Op::kMean);
+        .value("mean", Op::kMean)
+        .value("matrix", Op::kMatrix);
     m.attr("PLACE_INPUT") = kInput;
     m.attr("PLACE_OUTPUT") = kOutput;
     m.attr("PLACE_NONE") = kNone;
@@ -115,6 +117,26 @@ void extras(pybind11::module_& m) {
         "winograd_pack",
         [](Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, i64 out, Address packed, i64 ctx) {
             winograd_pack(pointer<float>(w), w_k, w_c, w_tap, shape_of(sizes), out, pointer<float>(packed), ctx);
+        },
+        released, "See csrc/cpu/conv.h.");
+#ifdef FASTRES_TILE_TRAP
+    m.def("trap_tiles", &cpu_runtime::trap_tiles, pybind11::arg("on"), "See csrc/cpu/matrix_unit.h.");
+#endif
+    m.def("matrix_unit", &matrix_unit, "Of the instruction set in use. See csrc/cpu/conv.h.");
+    m.def(
+        "matrix_fprop",
+        [](int dtype, Address x, Address packed, const Sizes& sizes, Address bias, Address residual, int relu,
+           Address y, i64 ctx) {
+            matrix_fprop(dtype, pointer<void>(x), pointer<float>(packed), shape_of(sizes), pointer<float>(bias),
+                         pointer<void>(residual), relu, pointer<void>(y), ctx);
+        },
+        released, "See csrc/cpu/conv.h.");
+    m.def("matrix_packed_floats",
+          [](int dtype, const Sizes& sizes) { return matrix_packed_floats(dtype, shape_of(sizes)); });
+    m.def(
+        "matrix_pack",
+        [](int dtype, Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, Address packed, i64 ctx) {
+            matrix_pack(dtype, pointer<float>(w), w_k, w_c, w_tap, shape_of(sizes), pointer<float>(packed), ctx);
         },
         released, "See csrc/cpu/conv.h.");
     m.def("stem_packed_floats", [](const Sizes& sizes) { return stem_packed_floats(shape_of(sizes)); });

@@ -7,7 +7,7 @@
 
 namespace cpu {
 
-enum class Op { kDirect, kWinograd, kStem, kMean };
+enum class Op { kDirect, kWinograd, kStem, kMean, kMatrix };
 
 // Where a tensor lies: a byte offset into the arena, or one of these.
 constexpr i64 kInput = -1, kOutput = -2, kNone = -3;

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -87,19 +88,24 @@ def _avx2_fp32(kind: str, p: ConvProblem) -> bool:
 _TABLES = {"avx512": _avx512_fp32, "avx2": _avx2_fp32}
 
 
-@functools.cache
 def narrow_ratio(dtype: torch.dtype) -> float:
-    """How many times faster than PyTorch's our kernel runs a 16-bit 3x3 convolution here: the least of five runs each
-    in turns, about 20 ms, once per process. Infinite where PyTorch has no primitive for the dtype."""
-    name = "bf16" if dtype == torch.bfloat16 else "fp16"
-    if not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")():
+    """`ratio` of `fprop` for a 16-bit dtype."""
+    return ratio(dtype, fprop)
+
+
+@functools.cache
+def ratio(dtype: torch.dtype, ours: Callable[[Tensor, Tensor, Geometry], Tensor]) -> float:
+    """How many times faster than PyTorch's ``ours`` runs a 3x3 convolution here: the least of five runs each in turns,
+    about 20 ms, once per process. Infinite where PyTorch has no primitive for the dtype."""
+    narrow = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    if narrow and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{narrow}_supported")():
         return float("inf")
     x = torch.ones(4, 64, 28, 28, dtype=dtype).to(memory_format=_CL)
     w = torch.ones(64, 64, 3, 3, dtype=dtype).to(memory_format=_CL)
     g = ((1, 1), (1, 1), (1, 1), 1)
     best = [float("inf"), float("inf")]
     for _ in range(6):  # the first run of each is its warm-up, and never the least
-        for i, run in enumerate((_plain, fprop)):
+        for i, run in enumerate((_plain, ours)):
             start = time.perf_counter()
             run(x, w, g)
             best[i] = min(best[i], time.perf_counter() - start)
@@ -143,7 +149,7 @@ def check_bias(bias: Tensor | None, K: int) -> None:
         raise ValueError(f"fprop: bias: got {bias.dtype} {tuple(bias.shape)}, expected dense float32 ({K},)")
 
 
-def _problem(function: str, x_shape, w: Tensor, g: Geometry, dtype: torch.dtype, packed: bool = False) -> ConvProblem:
+def problem(function: str, x_shape, w: Tensor, g: Geometry, dtype: torch.dtype, packed: bool = False) -> ConvProblem:
     if dtype not in _DTYPES or w.dtype != dtype:
         raise TypeError(f"{function}: w: got {w.dtype} for {dtype}, expected float32, bfloat16 or float16 for both")
     p = problem_of(x_shape, w.shape, g)
@@ -166,7 +172,7 @@ def fprop(x: Tensor, w: Tensor, g: Geometry, bias: Tensor | None = None, residua
     y, if given, is filled and returned. packed: what :func:`pack` made of w under the
     instruction set in use. Raises TypeError / ValueError naming the argument.
     """
-    p = _problem("fprop", x.shape, w, g, x.dtype, packed is not None)
+    p = problem("fprop", x.shape, w, g, x.dtype, packed is not None)
     shape = (p.N, p.K, p.P, p.Q)
     y = cpu.empty(shape, x.dtype) if y is None else y
     check("fprop", p, x.dtype, x=(x, tuple(x.shape)), residual=(residual, shape), y=(y, shape))
@@ -185,7 +191,7 @@ def fprop(x: Tensor, w: Tensor, g: Geometry, bias: Tensor | None = None, residua
 def pack(w: Tensor, groups: int = 1) -> Tensor:
     """The weight ``[K, C / groups, R, S]`` as :func:`fprop` reads it, for the instruction set in use: dense float32."""
     K, C, R, S = w.shape[0], w.shape[1] * groups, *w.shape[2:]
-    _problem("pack", (1, C, R, S), w, ((1, 1), (0, 0), (1, 1), groups), w.dtype, packed=True)
+    problem("pack", (1, C, R, S), w, ((1, 1), (0, 0), (1, 1), groups), w.dtype, packed=True)
     fields = (1, R, S, C, K, 1, 1, R, S, 1, 1, 0, 0, 1, 1, groups)
     packed = torch.empty(cpu._require().conv_packed_floats(fields))
     cpu._require().conv_pack(
@@ -208,7 +214,7 @@ def pack_stem(w: Tensor) -> Tensor:
 
 def dgrad(dy: Tensor, x_shape, w: Tensor, g: Geometry) -> Tensor:
     """Gradient of the input ``[N, C, H, W]``, channels_last. dy ``[N, K, P, Q]``: dense channels_last."""
-    p = _problem("dgrad", x_shape, w, g, dy.dtype)
+    p = problem("dgrad", x_shape, w, g, dy.dtype)
     check("dgrad", p, dy.dtype, dy=(dy, (p.N, p.K, p.P, p.Q)))
     dx = cpu.empty(tuple(x_shape), dy.dtype)
     cpu._require().conv_dgrad(
@@ -220,7 +226,7 @@ def dgrad(dy: Tensor, x_shape, w: Tensor, g: Geometry) -> Tensor:
 def wgrad(dy: Tensor, x: Tensor, w: Tensor, g: Geometry) -> Tensor:
     """Gradient of the weight, float32 whatever the dtype of dy and x, channels_last. Of ``w`` only shape and dtype
     matter. dy ``[N, K, P, Q]``, x ``[N, C, H, W]``: dense channels_last."""
-    p = _problem("wgrad", x.shape, w, g, x.dtype)
+    p = problem("wgrad", x.shape, w, g, x.dtype)
     check("wgrad", p, x.dtype, x=(x, tuple(x.shape)), dy=(dy, (p.N, p.K, p.P, p.Q)))
     dw = torch.empty(w.shape, dtype=torch.float32, memory_format=_CL)
     cpu._require().conv_wgrad(

@@ -1,0 +1,90 @@
+"""Convolutions on the CPU's matrix unit (``csrc/cpu/conv_matrix.cpp``): Intel AMX with bfloat16.
+
+Activations of bfloat16 meet weights rounded to bfloat16. float32 and float16 are taken as a sum of two bfloat16,
+``x = hi + lo``, and products as ``hi hi + hi lo + lo hi``: about 2^-16 of each is lost, sums are float32. G. Henry,
+P. T. P. Tang and A. Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
+Computations", ARITH 2019.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastres.problem import Geometry
+
+from . import cpu, cpu_conv
+from .trusted import DTYPE_CODE
+
+
+def unit() -> str:
+    """Of the instruction set in use: "instructions" if they run here, "model" or "trapped" if software executes them
+    (slow, for tests), else ""."""
+    return "" if cpu.isa_or_none() is None else ("", "model", "trapped", "instructions")[cpu._require().matrix_unit()]
+
+
+def why_not(x: Tensor, w: Tensor, geometry: Geometry) -> list[str]:
+    """Reasons why these kernels cannot serve the convolution of x and w, [] if they can."""
+    reasons = cpu_conv.why_not(x, w, geometry)
+    if not unit():
+        reasons.append("this processor has no matrix unit (AMX with bfloat16)")
+    return reasons
+
+
+def wins(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
+    """Whether the kernels are faster than PyTorch's convolution, as a measurement says."""
+    if unit() != "instructions" or why_not(x, w, geometry) or min(w.shape[:2]) < 32:
+        return False
+    return cpu_conv.ratio(x.dtype, _run) > cpu_conv.MARGIN
+
+
+def _run(x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
+    return fprop(x, _packed(w, x.dtype), w.shape, geometry)
+
+
+@functools.lru_cache(maxsize=1)
+def _packed(w: Tensor, dtype: torch.dtype) -> Tensor:
+    return pack(w.float(), dtype)
+
+
+def pack(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float32 weight ``[K, C, R, S]`` as `fprop` reads it for activations of ``dtype``: dense, of float32 in name
+    only."""
+    if w.dtype != torch.float32 or w.dim() != 4 or not cpu_conv.even_taps(w):
+        raise ValueError(f"pack: w: got {w.dtype} {tuple(w.shape)}, expected dense float32 [K, C, R, S]")
+    if dtype not in DTYPE_CODE or dtype == torch.float64:
+        raise TypeError(f"pack: dtype: got {dtype}, expected float32, bfloat16 or float16")
+    K, C, R, S = w.shape
+    fields = (1, R, S, C, K, 1, 1, R, S, 1, 1, 0, 0, 1, 1, 1)
+    packed = torch.empty(cpu._require().matrix_packed_floats(DTYPE_CODE[dtype], fields))
+    cpu._require().matrix_pack(
+        DTYPE_CODE[dtype], *cpu_conv.weight_address(w), fields, packed.data_ptr(), torch.get_num_threads()
+    )
+    return packed
+
+
+def fprop(x: Tensor, packed: Tensor, w_shape, geometry: Geometry, bias: Tensor | None = None,
+          residual: Tensor | None = None, relu: bool = False, y: Tensor | None = None) -> Tensor:  # fmt: skip
+    """``act(conv(x, w) + bias + residual)``, ``[N, K, P, Q]`` in channels_last.
+
+    x ``[N, C, H, W]`` and residual: dense channels_last, float32, bfloat16 or float16; packed: `pack` of w ``[K, C, R,
+    S]`` for the dtype of x under the instruction set in use; bias ``[K]`` float32; y, if given, is filled and returned.
+    Raises TypeError / ValueError naming the argument.
+    """
+    p = cpu_conv.problem("fprop", x.shape, torch.empty(1, dtype=x.dtype).expand(*w_shape), geometry, x.dtype)
+    fields, code = cpu_conv.sizes(p), DTYPE_CODE[x.dtype]
+    expected = cpu._require().matrix_packed_floats(code, fields)
+    if packed.dtype != torch.float32 or packed.numel() != expected:
+        got = f"{packed.dtype} of {packed.numel()} elements"
+        raise ValueError(f"fprop: packed: got {got}, expected {expected} as pack() makes them for {x.dtype}")
+    shape = (p.N, p.K, p.P, p.Q)
+    y = cpu.empty(shape, x.dtype) if y is None else y
+    cpu_conv.check("fprop", p, x.dtype, x=(x, tuple(x.shape)), residual=(residual, shape), y=(y, shape))
+    cpu_conv.check_bias(bias, p.K)
+    cpu._require().matrix_fprop(
+        code, x.data_ptr(), packed.data_ptr(), fields, 0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(), relu, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y

@@ -1,0 +1,164 @@
+"""The CPU's convolutions on a matrix unit: the instructions where they run, a model of them on the other instruction
+sets, against float64."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastres.backends import cpu, cpu_matrix
+
+pytestmark = pytest.mark.skipif(cpu._module is None, reason=f"fastres._cpu is not built: {cpu._missing}")
+CL = torch.channels_last
+# N, C, K, H, W, kernel, stride, padding, dilation: x read where it is (with tails of a tile), tails of channels and
+# panels, borders that rows share, strides with unused phases, several images in a strip, no border, wide ones.
+CASES = [
+    (2, 32, 32, 8, 8, 1, 1, 0, 1),
+    (1, 64, 40, 7, 7, 1, 1, 0, 1),
+    (1, 96, 33, 1, 1, 1, 1, 0, 1),
+    (3, 33, 50, 7, 9, 1, 1, 0, 1),
+    (2, 64, 32, 9, 8, 1, 2, 0, 1),
+    (2, 32, 64, 14, 14, 3, 1, 1, 1),
+    (5, 16, 20, 3, 2, 3, 1, 1, 1),
+    (1, 40, 32, 13, 29, 3, 2, 1, 1),
+    (2, 35, 7, 11, 10, 3, (1, 2), (2, 0), 1),
+    (1, 32, 32, 12, 13, 3, (2, 1), 1, (1, 2)),
+    (3, 3, 64, 15, 17, 7, 2, 3, 1),
+    (1, 8, 16, 5, 9, (1, 3), 1, (0, 1), 2),
+    (4, 64, 96, 6, 6, (3, 1), 1, (1, 0), 1),
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ISAS = cpu.available_isas() if cpu._module is not None else []
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Compiled for the unit and on a processor without it, kernels run with every instruction trapped."""
+    before, trap = cpu.isa(), getattr(cpu._module, "trap_tiles", None)
+    cpu.set_isa(request.param)
+    trapped = not cpu_matrix.unit() and trap is not None
+    try:
+        if trapped:
+            trap(True)
+        if not cpu_matrix.unit():
+            pytest.skip(f"{request.param}: this processor has no matrix unit, and FASTRES_TEST_ISAS was not set")
+        yield request.param
+    finally:
+        if trapped:
+            trap(False)
+        cpu.set_isa(before)
+
+
+def pair(v):
+    return (v, v) if isinstance(v, int) else v
+
+
+def operands(case, dtype, integers=False):
+    """Weights that the dtype's kernel takes as they are, so that float64 sees the same."""
+    N, C, K, H, W, *geometry = case
+    kernel, stride, padding, dilation = (pair(v) for v in geometry)
+    g = torch.Generator().manual_seed(0)
+    make = (
+        (lambda *s: torch.randint(-8, 9, s, generator=g).float())
+        if integers
+        else lambda *s: torch.randn(*s, generator=g)
+    )
+    x, w, bias = make(N, C, H, W).to(dtype).to(memory_format=CL), make(K, C, *kernel), make(K)
+    if dtype == torch.bfloat16:
+        w = w.to(dtype).float()
+    shape = F.conv2d(x.double(), w.double(), None, stride, padding, dilation).shape
+    return x, w, bias, make(*shape).to(dtype).to(memory_format=CL), (stride, padding, dilation, 1)
+
+
+def truth(x, w, bias, residual, geometry, relu=False):
+    y = F.conv2d(x.double(), w.double(), None if bias is None else bias.double(), *geometry)
+    y = y if residual is None else y + residual.double()
+    return y.relu() if relu else y
+
+
+def ours(x, w, bias, residual, geometry, relu=False):
+    return cpu_matrix.fprop(x, cpu_matrix.pack(w, x.dtype), w.shape, geometry, bias, residual, relu)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values(isa, dtype):
+    for case in CASES:
+        x, w, bias, residual, g = operands(case, dtype)
+        expected = truth(x, w, bias, residual, g)
+        got = ours(x, w, bias, residual, g)
+        terms = w[0].numel()
+        magnitude = F.conv2d(x.double().abs(), w.double().abs(), None, *g)
+        lost = 0 if dtype == torch.bfloat16 else 2**-16
+        limit = lost * magnitude + 4 * terms**0.5 * torch.finfo(torch.float32).eps * magnitude
+        limit = limit + torch.finfo(dtype).eps / 2 * expected.abs()
+        assert (got.double() - expected).abs().sub(limit).max() <= 1e-7, case
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_integers_are_exact_with_every_epilogue(isa, dtype):
+    for case in CASES:
+        x, w, bias, residual, g = operands(case, dtype, integers=True)
+        for relu in (False, True):
+            for b in (None, bias):
+                for r in (None, residual):
+                    expected = truth(x, w, b, r, g, relu)
+                    assert torch.equal(ours(x, w, b, r, g, relu), expected.to(dtype)), (case, relu)
+
+
+def test_both_halves_of_a_product_count(isa):
+    """Sixteen bits of x, and of w, where a bfloat16 has eight: off by one in their last place would show."""
+    for case in CASES:
+        x, w, _, _, g = operands(case, torch.float32, integers=True)
+        big = 4096 * x + torch.where(x > 0, 17.0, -15.0)
+        for a, b in ((big, w.sign()), (x.sign(), 4096 * w + 33)):
+            a = a.contiguous(memory_format=CL)
+            expected = truth(a, b, None, None, g)
+            whole = expected.abs().max() < 2**24
+            assert torch.equal(ours(a, b, None, None, g).double(), expected) or not whole, case
+
+
+def test_threads_do_not_matter_and_sums_go_where_the_residual_lies(isa):
+    threads = torch.get_num_threads()
+    for case in CASES:
+        for dtype in (torch.float32, torch.bfloat16):
+            x, w, bias, residual, g = operands(case, dtype)
+            packed = cpu_matrix.pack(w, dtype)
+            try:
+                torch.set_num_threads(1)
+                expected = cpu_matrix.fprop(x, packed, w.shape, g, bias, residual, True)
+                for n in (2, 3, 7):
+                    torch.set_num_threads(n)
+                    y = residual.clone(memory_format=torch.preserve_format)
+                    assert torch.equal(cpu_matrix.fprop(x, packed, w.shape, g, bias, y, True, y), expected), (case, n)
+            finally:
+                torch.set_num_threads(threads)
+
+
+def test_strips_and_groups_of_panels(isa):
+    """More rows than a strip holds, and more weights than stay in L2 together."""
+    for case in ((2, 64, 40, 150, 120, 3, 1, 1, 1), (1, 512, 192, 5, 5, 3, 1, 1, 1)):
+        x, w, bias, residual, g = operands(case, torch.bfloat16, integers=True)
+        x = x * (torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.2)
+        x = x.contiguous(memory_format=CL)
+        assert torch.equal(ours(x, w, bias, residual, g), truth(x, w, bias, residual, g).to(x.dtype)), case
+
+
+def test_infinities_and_nans_reach_what_they_would(isa):
+    """And nothing else. An infinity may become a NaN: the halves of a weight may differ in sign."""
+    x, w, bias, _, g = operands(CASES[5], torch.float32)
+    x[0, 3, 4, 5], x[1, 7, 0, 0] = float("inf"), float("nan")
+    got = ours(x, w, bias, None, g)
+    expected = F.conv2d(x, w, bias, *g)
+    assert torch.equal(got.isfinite(), expected.isfinite())
+
+
+def test_bad_input(isa):
+    x, w, bias, residual, g = operands(CASES[0], torch.float32)
+    packed = cpu_matrix.pack(w, x.dtype)
+    with pytest.raises(ValueError, match="packed: got .* expected"):
+        cpu_matrix.fprop(x, packed[:-1], w.shape, g)
+    with pytest.raises(ValueError, match="residual"):
+        cpu_matrix.fprop(x, packed, w.shape, g, bias, residual[:, :4])
+    with pytest.raises(TypeError, match="pack: dtype"):
+        cpu_matrix.pack(w, torch.float64)
+    with pytest.raises(ValueError, match="pack: w"):
+        cpu_matrix.pack(w.double(), torch.float32)
