@@ -162,3 +162,94 @@ def test_bad_input(isa):
         cpu_matrix.pack(w, torch.float64)
     with pytest.raises(ValueError, match="pack: w"):
         cpu_matrix.pack(w.double(), torch.float32)
+
+
+# N, C, H, W, then (K, kernel, stride) of each convolution; whether a projection leads around them.
+BLOCKS = [
+    (1, 64, 10, 9, ((32, 1, 1), (32, 3, 1), (64, 1, 1)), False),
+    (2, 32, 7, 7, ((64, 1, 1), (64, 3, 1), (32, 1, 1)), False),
+    (1, 32, 9, 11, ((32, 1, 1), (32, 3, 2), (96, 1, 1)), True),
+    (2, 40, 8, 12, ((32, 1, 2), (64, 3, 1), (50, 1, 1)), True),
+    (3, 32, 12, 5, ((64, 3, 1), (32, 3, 1)), False),
+    (2, 33, 13, 14, ((32, 3, 2), (48, 3, 1)), True),
+    (1, 32, 1, 1, ((32, 1, 1), (32, 3, 1), (32, 1, 1)), False),
+    (1, 32, 70, 60, ((32, 3, 1), (32, 3, 1)), False),
+    (1, 32, 90, 72, ((64, 1, 1), (64, 3, 2), (128, 1, 1)), True),
+    (2, 32, 21, 60, ((32, 5, 1), (32, 3, 1), (32, 3, 1)), False),
+]
+
+
+def block_operands(case, dtype):
+    """Integers that stay small, so that every sum is exact."""
+    N, C, H, W, main, projected = case
+    g = torch.Generator().manual_seed(0)
+
+    def conv(inputs, K, kernel, stride):
+        w = torch.randint(-1, 2, (K, inputs, kernel, kernel), generator=g).float()
+        w = w * (torch.rand(w.shape, generator=g) < 8 / w[0].numel())
+        geometry = ((stride,) * 2, (kernel // 2,) * 2, (1, 1), 1)
+        return w, geometry, torch.randint(-2, 3, (K,), generator=g).float()
+
+    x = torch.randint(-2, 3, (N, C, H, W), generator=g).to(dtype).to(memory_format=CL)
+    convs = []
+    for K, kernel, stride in main:
+        convs.append(conv(convs[-1][0].shape[0] if convs else C, K, kernel, stride))
+    stride = torch.tensor([s for _, _, s in main]).prod().item()
+    return x, convs + [conv(C, main[-1][0], 1, stride)] * projected, projected
+
+
+def block_truth(x, convs, projected):
+    main, y = convs[:-1] if projected else convs, x.double()
+    for i, (w, g, bias) in enumerate(main):
+        y = F.conv2d(y, w.double(), bias.double(), *g)
+        y = y.relu() if i + 1 < len(main) else y
+    around = F.conv2d(x.double(), convs[-1][0].double(), convs[-1][2].double(), *convs[-1][1]) if projected else x
+    return (y + around.double()).relu()
+
+
+def our_block(x, convs, projected):
+    return cpu_matrix.block(x, [(cpu_matrix.pack(w, x.dtype), w.shape, g, b) for w, g, b in convs], projected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_are_exact_for_any_number_of_threads(isa, dtype):
+    threads = torch.get_num_threads()
+    for case in BLOCKS:
+        x, convs, projected = block_operands(case, dtype)
+        expected = block_truth(x, convs, projected)
+        assert expected.max() <= 256, "a bfloat16 would round"
+        try:
+            for n in (1, 2, 5):
+                torch.set_num_threads(n)
+                assert torch.equal(our_block(x, convs, projected).double(), expected), (case, n)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_blocks_have_the_bits_of_their_convolutions(isa):
+    for case in BLOCKS:
+        if case[-1]:
+            continue  # a projection's sums are not rounded in between
+        for dtype in (torch.float32, torch.bfloat16):
+            x, convs, _ = block_operands(case, dtype)
+            g = torch.Generator().manual_seed(1)
+            x = torch.randn(x.shape, generator=g).to(dtype).to(memory_format=CL)
+            convs = [(torch.randn(w.shape, generator=g), geometry, b) for w, geometry, b in convs]
+            y = x
+            for i, (w, geometry, b) in enumerate(convs):
+                residual = x if i + 1 == len(convs) else None
+                y = cpu_matrix.fprop(y, cpu_matrix.pack(w, dtype), w.shape, geometry, b, residual, True)
+            assert torch.equal(our_block(x, convs, False), y), (case, dtype)
+
+
+def test_blocks_refuse(isa):
+    x, convs, _ = block_operands(BLOCKS[0], torch.float32)
+    packed = [(cpu_matrix.pack(w, x.dtype), w.shape, g, b) for w, g, b in convs]
+    with pytest.raises(ValueError, match="1 convolutions, expected two or three"):
+        cpu_matrix.block(x, packed[:1], False)
+    with pytest.raises(ValueError, match="x and y differ in shape"):
+        cpu_matrix.block(x, packed[:2], False)
+    with pytest.raises(ValueError, match="not 1x1 without borders"):
+        cpu_matrix.block(x, [*packed, packed[1]], True)
+    with pytest.raises(ValueError, match="got 32 channels|expected"):
+        cpu_matrix.block(x, [packed[0], packed[0], packed[2]], False)

@@ -59,6 +59,12 @@ i64 matrix_packed_floats(int dtype, const ConvShape& shape);
 void matrix_pack(int dtype, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed,
                  i64 ctx);
 
+// A residual block of two or three convolutions in one pass, y = relu(conv(.. relu(conv(x) + bias)) + bias + shortcut),
+// the shortcut x or, if projected, a 1x1 convolution of x that comes last in shapes, packed and bias. Between two
+// convolutions lie multiples of 32 channels. packed: as above; bias: none is null.
+void matrix_block(int dtype, const void* x, const ConvShape* shapes, const float* const* packed,
+                  const float* const* bias, int count, int projected, void* y, i64 ctx);
+
 // dx [N, H, W, C], every element written.
 void conv_dgrad(int dtype, const void* dy, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, void* dx,
                 i64 ctx);

@@ -24,7 +24,7 @@ constexpr bool kHalves<bf16> = false;
 template <class T>
 constexpr i64 kStepWeights = (kHalves<T> ? 4 : 2) * kTile;  // bfloat16 of the weights of a step and a panel
 
-// Pixels and the steps over their channels, with the weights of one panel.
+// Pixels, the steps over their channels, and the weights [panel][step].
 struct Operand {
     const u16* x;      // the first pixel
     i64 pitch;         // from one pixel to the next, in elements, as all of these
@@ -39,12 +39,12 @@ constexpr i64 kWeightsAhead = 16 * kTile;
 
 // sums += x . w for one tile of pixels, or for two of them.
 template <bool kTwo, bool kHalves>
-FR_INLINE void accumulate(Tiles& t, const Operand& o, bool fetch) {
+FR_INLINE void accumulate(Tiles& t, const Operand& o, const u16* x0, i64 panel, bool fetch) {
     const i64 second = kSide * o.pitch, bytes = o.pitch * i64(sizeof(u16));
-    const u16* w = o.w;
     constexpr i64 kStep = (kHalves ? 4 : 2) * kTile;
+    const u16* w = o.w + panel * o.n_steps * kStep;
     for (i64 s = 0; s < o.n_steps; ++s, w += kStep) {
-        const u16* x = o.x + o.steps[s];
+        const u16* x = x0 + o.steps[s];
         if (fetch)
             for (i64 i = 0; i < kStep; i += kTileBytes / 2) __builtin_prefetch(w + kWeightsAhead + i, 0, 2);
         if constexpr (kHalves) {
@@ -83,21 +83,58 @@ FR_INLINE void accumulate(Tiles& t, const Operand& o, bool fetch) {
     }
 }
 
-// out [kPair, kPair] = the products of one or two operands, summed; rows of a second tile only if two.
-template <bool kHalves>
-FR_INLINE void products(Tiles& t, const Operand* operands, int count, bool two, bool fetch, float* out) {
-    t.zero<0>();
-    t.zero<1>();
-    t.zero<2>();
-    t.zero<3>();
-    for (int i = 0; i < count; ++i)
-        two ? accumulate<true, kHalves>(t, operands[i], fetch) : accumulate<false, kHalves>(t, operands[i], fetch);
+// A part of memory that will be read, fetched into L2 a little with every block.
+struct Ahead {
+    const char *next = nullptr, *end = nullptr;
+    i64 lines = 0;  // a block
+    FR_INLINE void step() {
+        for (i64 i = 0; i < lines && next < end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+    }
+};
+
+// Two blocks' sums: while one is finished, the next is made.
+struct alignas(64) Sums {
+    float block[2][kSums];
+};
+
+// `count` pixels with the panels [g0, g1): done(sums, at, n, panel) for each block of n pixels, which lie at[i]
+// elements into whatever done() writes, or nowhere (-1): what next() says of one pixel after the other. before(at, n,
+// panel) comes ahead of a block's products. Pixels that lie where x is are copied to `edge`, [kPair, pitch], if a tile
+// would read behind them.
+template <class T, int kOperands, class Next, class Before, class Done>
+FR_INLINE void blocks(Tiles& t, Sums& sums, const Operand (&o)[kOperands], i64 count, i64 g0, i64 g1, bool fetch,
+                      u16* edge, Next&& next, const Before& before, const Done& done) {
     constexpr i64 kRow = kPair * i64(sizeof(float));
-    t.store<0>(out, kRow);
-    t.store<1>(out + kSide, kRow);
-    if (!two) return;
-    t.store<2>(out + kSide * kPair, kRow);
-    t.store<3>(out + kSide * kPair + kSide, kRow);
+    for (i64 m = 0; m < count; m += kPair) {
+        const i64 n = min_of(kPair, count - m);
+        i64 at[kPair];
+        for (i64 i = 0; i < n; ++i) at[i] = next();
+        const u16* x[kOperands];
+        for (int i = 0; i < kOperands; ++i) x[i] = o[i].x + m * o[i].pitch;
+        if (o[0].pitch != kDepth && n % kSide) {
+            __builtin_memcpy(edge, x[0], n * o[0].pitch * sizeof(u16));
+            x[0] = edge;
+        }
+        for (i64 g = g0; g < g1; ++g) {
+            before(at, n, g);
+            t.zero<0>();
+            t.zero<1>();
+            t.zero<2>();
+            t.zero<3>();
+            const bool two = n > kSide, first = fetch && m == 0;
+            for (int i = 0; i < kOperands; ++i)
+                two ? accumulate<true, kHalves<T>>(t, o[i], x[i], g, first)
+                    : accumulate<false, kHalves<T>>(t, o[i], x[i], g, first);
+            float* out = sums.block[g % 2];
+            t.store<0>(out, kRow);
+            t.store<1>(out + kSide, kRow);
+            if (two) {
+                t.store<2>(out + kSide * kPair, kRow);
+                t.store<3>(out + kSide * kPair + kSide, kRow);
+            }
+            done(out, at, n, g);
+        }
+    }
 }
 
 // ---- halves
@@ -119,6 +156,88 @@ FR_INLINE void store_narrow(u16* to, vf a, vf b) {
     store(reinterpret_cast<bf16*>(to + L), b);
 #endif
 }
+
+FR_INLINE void store_halves(u16* to, i64 low, vf a, vf b) {
+    vf hi[2], lo[2];
+    split(a, hi[0], lo[0]);
+    split(b, hi[1], lo[1]);
+    store_narrow(to, hi[0], hi[1]);
+    store_narrow(to + low, lo[0], lo[1]);
+}
+
+// ---- the end of a block
+
+// y = act(sums + bias + residual), 32 channels of each pixel.
+template <class T>
+struct Finish {
+    T* y;
+    const T* residual;
+    const float* bias;
+    vf floor;  // of the activation
+    i64 K;
+
+    Finish(T* y, const T* residual, const float* bias, bool relu, i64 K)
+        : y(y), residual(residual), bias(bias), floor(relu ? vf{} : vf{} - __builtin_inff()), K(K) {}
+
+    // The lines that will be written, on their way while the sums are made.
+    FR_INLINE void own(const i64* at, i64 n, i64 panel) const {
+        for (i64 i = 0; i < n; ++i) {
+            if (at[i] < 0) continue;
+            const T* line = y + at[i] + panel * kPair;
+            __builtin_prefetch(line, 1, 3);
+            if (kPair * sizeof(T) > 64) __builtin_prefetch(reinterpret_cast<const char*>(line) + 64, 1, 3);
+        }
+    }
+
+    FR_INLINE void operator()(const float* sums, const i64* at, i64 n, i64 panel) const {
+        const i64 k0 = panel * kPair, outs = K - k0;
+        if (outs >= kPair)
+            residual ? whole<true>(sums, at, n, k0) : whole<false>(sums, at, n, k0);
+        else
+            part(sums, at, n, k0, outs);
+    }
+
+  private:
+    template <bool kResidual>
+    FR_INLINE void whole(const float* sums, const i64* at, i64 n, i64 k0) const {
+        constexpr int kVectors = int(kPair) / L;
+        vf b[kVectors];
+        for (int v = 0; v < kVectors; ++v) b[v] = bias ? load(bias + k0 + v * L) : vf{};
+        for (i64 i = 0; i < n; ++i, sums += kPair) {
+            if (at[i] < 0) continue;
+            T* to = y + at[i] + k0;
+            const T* r = kResidual ? residual + at[i] + k0 : nullptr;
+            for (int v = 0; v < kVectors; v += 2, to += 2 * L) {
+                vf first = load(sums + v * L) + b[v], second = load(sums + v * L + L) + b[v + 1];
+                if (kResidual) first += load(r + v * L), second += load(r + v * L + L);
+                first = at_least(first, floor), second = at_least(second, floor);
+                if constexpr (!kHalves<T>) {
+                    store_narrow(reinterpret_cast<u16*>(to), first, second);
+                } else {
+                    store(to, first);
+                    store(to + L, second);
+                }
+            }
+        }
+    }
+
+    void part(const float* sums, const i64* at, i64 n, i64 k0, i64 outs) const {
+        for (i64 i = 0; i < n; ++i, sums += kPair) {
+            if (at[i] < 0) continue;
+            i64 k = 0;
+            for (; k + L <= outs; k += L) lanes(sums + k, at[i], k0 + k, Full());
+            if (k < outs) lanes(sums + k, at[i], k0 + k, Tail{int(outs - k), false});
+        }
+    }
+
+    template <class Span>
+    FR_INLINE void lanes(const float* sums, i64 at, i64 k, Span span) const {
+        vf v = load(sums);
+        if (bias) v += span.load(bias + k);
+        if (residual) v += span.load(residual + at + k);
+        span.store(y + at + k, at_least(v, floor));
+    }
+};
 
 }  // namespace
 }  // namespace FASTRES_BACKEND

@@ -194,6 +194,10 @@ FORWARD(matrix_fprop,
 FORWARD(matrix_pack,
         (int dtype, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed, i64 ctx), dtype,
         w, w_k, w_c, w_tap, shape, packed, ctx)
+FORWARD(matrix_block,
+        (int dtype, const void* x, const ConvShape* shapes, const float* const* packed, const float* const* bias,
+         int count, int projected, void* y, i64 ctx),
+        dtype, x, shapes, packed, bias, count, projected, y, ctx)
 FORWARD_SIZE(matrix_unit, ())
 FORWARD_SIZE(matrix_packed_floats, (int dtype, const ConvShape& shape), dtype, shape)
 FORWARD_SIZE(conv_packed_floats, (const ConvShape& shape), shape)

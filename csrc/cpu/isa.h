@@ -41,7 +41,8 @@ using Entry = void (*)();  // a launch function with its type erased
     X(matrix_unit)            \
     X(matrix_fprop)           \
     X(matrix_packed_floats)   \
-    X(matrix_pack)
+    X(matrix_pack)            \
+    X(matrix_block)
 
 enum Index {
 #define FASTRES_INDEX(name) k_##name,

@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <tuple>
+#include <vector>
 
 #include "cpu/conv.h"
 #include "cpu/isa.h"
@@ -21,6 +23,19 @@ T* pointer(std::uintptr_t address) {
 
 ConvShape shape_of(const std::array<i64, 16>& s) {
     return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13], s[14], s[15]};
+}
+
+// (sizes, packed, bias) of each convolution.
+using Blocks = std::vector<std::tuple<std::array<i64, 16>, std::uintptr_t, std::uintptr_t>>;
+
+Parts parts_of(const Blocks& convs, bool projected) {
+    Parts parts{{}, {}, {}, projected};
+    for (const auto& [sizes, packed, bias] : convs) {
+        parts.shapes.push_back(shape_of(sizes));
+        parts.packed.push_back(pointer<float>(packed));
+        parts.bias.push_back(pointer<float>(bias));
+    }
+    return parts;
 }
 
 // Addresses that a program keeps belong to its user, who must keep the tensors alive.
@@ -55,6 +70,13 @@ void program(pybind11::module_& m) {
             pybind11::arg("op"), pybind11::arg("src"), pybind11::arg("residual"), pybind11::arg("dst"),
             pybind11::arg("sizes"), pybind11::arg("pool"), pybind11::arg("out"), pybind11::arg("packed"),
             pybind11::arg("bias"), pybind11::arg("relu"))
+        .def(
+            "add_block",
+            [](Program& self, i64 src, i64 dst, const Blocks& convs, bool projected) {
+                Step step{Op::kBlock, src, kNone, dst, {}, {}, 0, nullptr, nullptr, 1, parts_of(convs, projected)};
+                self.add(step);
+            },
+            pybind11::arg("src"), pybind11::arg("dst"), pybind11::arg("convs"), pybind11::arg("projected"))
         .def(
             "run",
             [](const Program& self, Address x, Address y, i64 threads) {
@@ -119,6 +141,15 @@ void extras(pybind11::module_& m) {
             winograd_pack(pointer<float>(w), w_k, w_c, w_tap, shape_of(sizes), out, pointer<float>(packed), ctx);
         },
         released, "See csrc/cpu/conv.h.");
+    m.def(
+        "matrix_block",
+        [](int dtype, Address x, const Blocks& convs, bool projected, Address y, i64 ctx) {
+            const Parts p = parts_of(convs, projected);
+            pybind11::gil_scoped_release released;
+            matrix_block(dtype, pointer<void>(x), p.shapes.data(), p.packed.data(), p.bias.data(),
+                         int(p.shapes.size()) - projected, projected, pointer<void>(y), ctx);
+        },
+        "See csrc/cpu/conv.h.");
 #ifdef FASTRES_TILE_TRAP
     m.def("trap_tiles", &cpu_runtime::trap_tiles, pybind11::arg("on"), "See csrc/cpu/matrix_unit.h.");
 #endif

@@ -7,10 +7,16 @@
 
 namespace cpu {
 
-enum class Op { kDirect, kWinograd, kStem, kMean, kMatrix };
+enum class Op { kDirect, kWinograd, kStem, kMean, kMatrix, kBlock };
 
 // Where a tensor lies: a byte offset into the arena, or one of these.
 constexpr i64 kInput = -1, kOutput = -2, kNone = -3;
+
+struct Parts {
+    std::vector<ConvShape> shapes;
+    std::vector<const float*> packed, bias;
+    bool projected;
+};
 
 struct Step {
     Op op;
@@ -20,6 +26,7 @@ struct Step {
     i64 out;          // of kWinograd: pixels of a tile, a side
     const float *packed, *bias;
     int relu;
+    Parts parts = {};  // of kBlock, with what matrix_block takes
 };
 
 // Runs steps one after the other on activations of one dtype (0..2). Holds no memory: packed weights and biases are the

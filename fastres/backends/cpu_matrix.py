@@ -88,3 +88,53 @@ def fprop(x: Tensor, packed: Tensor, w_shape, geometry: Geometry, bias: Tensor |
         0 if residual is None else residual.data_ptr(), relu, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def block_why_not(shapes: list, projected: bool) -> list[str]:
+    """Reasons why `block` cannot serve convolutions of these ``(weight shape, geometry)``, the projection last."""
+    main = shapes[:-1] if projected else shapes
+    reasons = []
+    if not 2 <= len(main) <= 3:
+        reasons.append(f"{len(main)} convolutions, expected two or three")
+    if any(geometry[3] != 1 for _, geometry in shapes):
+        reasons.append("groups")
+    reasons += [f"{w[1]} channels between two convolutions, expected multiples of 32" for w, _ in main[1:] if w[1] % 32]
+    if projected and (tuple(shapes[-1][0][2:]) != (1, 1) or tuple(shapes[-1][1][1]) != (0, 0)):
+        reasons.append("a projection that is not 1x1 without borders")
+    return reasons
+
+
+def block(x: Tensor, convs: list, projected: bool) -> Tensor:
+    """A residual block of two or three convolutions in one pass, ``[N, K, P, Q]`` in channels_last, of the dtype of x:
+    ``relu(conv(.. relu(conv(x) + bias)) + bias + shortcut)``, the shortcut x or the last of ``convs``, if projected.
+
+    x ``[N, C, H, W]``: dense channels_last, float32, bfloat16 or float16; convs: ``(packed, weight shape, geometry,
+    bias)`` of each convolution, packed as for `fprop`, bias ``[K]`` float32. Raises ValueError where `block_why_not`
+    has a reason, or where a convolution does not take what the one before it makes.
+    """
+    reasons = block_why_not([(w, g) for _, w, g, _ in convs], projected)
+    if reasons:
+        raise ValueError(f"block: convs: {'; '.join(reasons)}")
+    main, shape, fields = convs[:-1] if projected else convs, tuple(x.shape), []
+    for packed, w_shape, geometry, bias in main:
+        fields.append(_fields(x, shape, packed, w_shape, geometry, bias))
+        shape = shape[0], fields[-1][4], *fields[-1][5:7]
+    if projected:
+        fields.append(_fields(x, tuple(x.shape), *convs[-1]))
+    cpu_conv.check("block", "convs", x.dtype, x=(x, tuple(x.shape)))
+    y = cpu.empty(shape, x.dtype)
+    operands = [(f, packed.data_ptr(), bias.data_ptr()) for f, (packed, _, _, bias) in zip(fields, convs, strict=True)]
+    cpu._require().matrix_block(
+        DTYPE_CODE[x.dtype], x.data_ptr(), operands, projected, y.data_ptr(), torch.get_num_threads()
+    )
+    return y
+
+
+def _fields(x: Tensor, shape, packed: Tensor, w_shape, geometry: Geometry, bias: Tensor) -> tuple[int, ...]:
+    """Of one convolution of a block, checked."""
+    p = cpu_conv.problem("block", shape, torch.empty(1, dtype=x.dtype).expand(*w_shape), geometry, x.dtype)
+    fields = cpu_conv.sizes(p)
+    if packed.numel() != cpu._require().matrix_packed_floats(DTYPE_CODE[x.dtype], fields):
+        raise ValueError(f"block: packed: got {packed.numel()} elements, expected what pack() makes for {x.dtype}")
+    cpu_conv.check_bias(bias, p.K)
+    return fields

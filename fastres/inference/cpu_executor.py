@@ -11,9 +11,9 @@ import threading
 import torch
 from torch import Tensor
 
-from fastres.backends import cpu, cpu_conv, cpu_winograd
+from fastres.backends import cpu, cpu_conv, cpu_matrix, cpu_winograd
 from fastres.inference.cpu_program import Builder, Built
-from fastres.inference.cpu_weights import DIRECT, Choice, Packed, flat, gather
+from fastres.inference.cpu_weights import DIRECT, Choice, Packed, flat, gather, matrix
 from fastres.inference.executors import Kernel
 from fastres.inference.plan import Linear, Node, Segment, Shape, Stem
 from fastres.ops.bn import nhwc
@@ -29,14 +29,23 @@ def why_not(node: Node, device: torch.device, dtype: torch.dtype, precision: str
     if device.type != "cpu":
         return [f"the session is on {device}, the kernels are for the CPU"]
     if isinstance(node, Stem):
-        return _stem(node, dtype)
+        return _stem(node, dtype, precision)
     convs = [(c.weight.shape, c.geometry) for c in node.convs()]
-    return _convolutions(convs, dtype, precision) if convs else _beside_convolutions(dtype)
+    return _convolutions(convs, dtype, precision) if convs else _beside_convolutions(dtype, precision)
 
 
-def _beside_convolutions(dtype: torch.dtype) -> list[str]:
-    """Stems, pooling and classifiers have no contest of their own: they go with a usual convolution's direct sums."""
-    return _convolutions([(torch.Size((64, 64, 3, 3)), ((1, 1), (1, 1), (1, 1), 1))], dtype, "exact")
+def _beside_convolutions(dtype: torch.dtype, precision: str) -> list[str]:
+    """Stems, pooling and classifiers have no contest of their own: they go with a usual convolution's direct sums, or
+    where the matrix unit takes it."""
+    shape, geometry = torch.Size((64, 64, 3, 3)), ((1, 1), (1, 1), (1, 1), 1)
+    if _matrix_wins(torch.empty(1, dtype=dtype).expand(shape), geometry, precision):
+        return []
+    return _convolutions([(shape, geometry)], dtype, "exact")
+
+
+def _matrix_wins(w: torch.Tensor, geometry, precision: str) -> bool:
+    x = torch.empty(1, dtype=w.dtype).expand(1, w.shape[1], 16, 16)
+    return bool(matrix(w.dtype, precision)) and cpu_matrix.wins(x, w, geometry)
 
 
 def _convolutions(convs: list[tuple], dtype: torch.dtype, precision: str) -> list[str]:
@@ -51,20 +60,21 @@ def _convolutions(convs: list[tuple], dtype: torch.dtype, precision: str) -> lis
         if not cpu_conv.wins("fprop", x, dense, (*geometry[:3], 1)):
             slower.append(f"{tuple(w.shape)} {str(dtype)[6:]}: oneDNN's convolution is the faster one")
         fast = fast or (precision != "exact" and cpu_winograd.wins(x, w, geometry))
+        fast = fast or (geometry[3] == 1 and _matrix_wins(w, geometry, precision))
     return list(dict.fromkeys(unserved or ([] if fast else slower)))
 
 
-def _stem(node: Stem, dtype: torch.dtype) -> list[str]:
+def _stem(node: Stem, dtype: torch.dtype, precision: str) -> list[str]:
     w, (stride, _, dilation, groups) = node.conv.weight, node.conv.geometry
     if w.shape[1] != 3 or groups != 1 or stride[1] != 2 or dilation != (1, 1) or w.shape[2] > cpu_conv.STEM_ROWS:
         at_most = f"at most {cpu_conv.STEM_ROWS} rows of taps"
         return [f"a stem of {tuple(w.shape)} with stride {stride}: expected 3 channels, a stride of 2, {at_most}"]
-    return _beside_convolutions(dtype)
+    return _beside_convolutions(dtype, precision)
 
 
 def precision(device: torch.device, dtype: torch.dtype, asked: str) -> str:
-    """Sums in float32, always; fast algorithms unless "exact" is asked for."""
-    return "exact" if asked == "exact" else "highest"
+    """Sums in float32, always; fast algorithms unless "exact" is asked for; "high" where there is a matrix unit."""
+    return asked if asked == "exact" or matrix(dtype, asked) else "highest"
 
 
 def peak(device: torch.device, dtype: torch.dtype, threads: int) -> None:
@@ -136,7 +146,7 @@ class CpuSegment:
         found = {}
         for conv, of_conv in kinds.items():
             best = min(of_conv, key=lambda kind: seconds.get((conv, kind), 0.0))
-            found[conv] = Choice(best, conv.error(best) if best else 0.0)
+            found[conv] = Choice(best, conv.error(best) if best > DIRECT else 0.0)
         return found
 
     def _start(self, x: Tensor) -> tuple[Built, Tensor, Tensor]:
@@ -166,10 +176,11 @@ class CpuSegment:
         for node, choices in zip(self.segment.nodes, self._built(tuple(shape)).choices, strict=True):
             names = [str(c) for c in choices]
             kernel = ", ".join(f"{names.count(n)} x {n}" if names.count(n) > 1 else n for n in dict.fromkeys(names))
-            errors = [c.error for c in choices if c.out]
+            errors = [c.error for c in choices if c.out > DIRECT]
             note = f"winograd's error {max(errors):.1e} a layer" if errors else ""
             own = {"stem": "conv + pool in L1", "global_avg_pool": "mean"}
             tile = {"avx512": "14x32", "avx2": "6x16"}.get(cpu.isa(), "")
+            tile = "32x32" if any(c.out < DIRECT for c in choices) else tile
             found.append(Kernel(kernel or own[node.op], cpu.isa(), tile if choices or node.op == "stem" else "", note))
         return found
 

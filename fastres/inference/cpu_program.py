@@ -130,7 +130,8 @@ class Builder:
         choice = self.pick(packed)
         weights = self._weights(packed.get(self.isa, choice.out), packed.bias)
         fields = sizes(self.shape, tuple(packed.weight.shape), packed.conv.geometry)
-        op = self.module.Op.winograd if choice.out != DIRECT else self.module.Op.direct
+        Op = self.module.Op
+        op = Op.direct if choice.out == DIRECT else Op.winograd if choice.out > DIRECT else Op.matrix
         self._step(op, residual, target, fields, (0,) * 5, choice.out, weights, relu, packed)
         return choice
 

@@ -9,24 +9,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastres.backends import cpu, cpu_conv, cpu_winograd
+from fastres.backends import cpu, cpu_conv, cpu_matrix, cpu_winograd
 from fastres.inference.plan import Conv, Linear, Shape
 from fastres.problem import problem_of
 
-#: Direct sums, or pixels of Winograd's tile, a side.
+#: Direct sums, or pixels of Winograd's tile, a side, or the matrix unit with less than none: as many as its products of
+#: bfloat16 for one of the dtype.
 DIRECT = 0
+#: What must execute the matrix unit's instructions (`cpu_matrix.unit`) for it to be asked.
+UNITS = {"instructions"}
 _LINE = 16  # floats
 
 
 @dataclass(frozen=True)
 class Choice:
-    """``out``: `DIRECT` or the tile of Winograd's; ``error``: its `Packed.error` (0.0: not measured)."""
+    """``out``: `DIRECT`, the tile of Winograd's or the matrix unit's; ``error``: its `Packed.error` (0.0: not
+    measured)."""
 
     out: int
     error: float = 0.0
 
     def __str__(self) -> str:
+        if self.out < 0:
+            return "matrix bf16" if self.out == -1 else f"matrix {-self.out} x bf16"
         return f"winograd {self.out}x{self.out}" if self.out else "direct"
+
+
+def matrix(dtype: torch.dtype, precision: str) -> tuple[int, ...]:
+    """The matrix unit's kernel for a dtype, where the precision allows it and the unit is there."""
+    exact = precision == "exact" or (dtype == torch.float32 and precision != "high")
+    if exact or dtype == torch.float64 or cpu_matrix.unit() not in UNITS:
+        return ()
+    return (-1,) if dtype == torch.bfloat16 else (-3,)
 
 
 def flat(node: Linear) -> Conv:
@@ -45,7 +59,7 @@ class Packed:
         self._moved: set[tuple[str, int | str]] = set()
 
     def get(self, isa: str, kind: int | str) -> Tensor:
-        """For `DIRECT`, Winograd's tile, or "stem"."""
+        """For a kernel of `Choice.out`, or "stem"."""
         found = self._held.get((isa, kind))
         if found is None:  # two threads may both pack: either result serves
             with torch.inference_mode(False), torch.no_grad():
@@ -53,6 +67,8 @@ class Packed:
                     found = cpu_conv.pack_stem(self.weight)
                 elif kind == DIRECT:
                     found = cpu_conv.pack(self.weight, self.conv.groups)
+                elif kind < DIRECT:
+                    found = cpu_matrix.pack(self.weight, torch.bfloat16 if kind == -1 else torch.float32)
                 else:
                     found = cpu_winograd.pack(self.weight, kind)
             self._held[isa, kind] = found
@@ -81,7 +97,8 @@ class Packed:
         w = torch.empty(1, dtype=dtype).expand(self.weight.shape)
         x = torch.empty(1, dtype=dtype).expand(1, self.conv.inputs, 16, 16)
         fast = precision != "exact" and not cpu_winograd.why_not(x, w, self.conv.geometry)
-        return (DIRECT, *cpu_winograd.OUTS) if fast else (DIRECT,)
+        unit = matrix(dtype, precision) if self.conv.groups == 1 else ()
+        return (DIRECT, *(cpu_winograd.OUTS if fast else ()), *unit)
 
     def error(self, out: int) -> float:
         """How far Winograd's tile ``out`` is from float64 on random pixels, relative, in float32."""
