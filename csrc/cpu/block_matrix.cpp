@@ -80,10 +80,25 @@ class Worker {
         if (!level.there && rows[0].count())
             level.planes.fill(level.g, x, rows[0].first * level.g.stride_h - level.g.pad_h, 0,
                               (rows[0].count() - 1) * level.g.stride_h + level.planes.reach_h, memory_ + level.data);
-        for (int k = 0; k < last_; ++k)
+        for (int k = 0; k < last_; ++k) {
+            if (k == 1) expect(x, rows);
             if (rows[k].count()) inner(k, x, rows[k], rows[k + 1]);
+        }
+        if (last_ == 1) expect(x, rows);
         outer(image, x, rows[last_]);
         for (int k = 0; k <= last_; ++k) rows_[k] = rows[k];
+    }
+
+    // The rows of x that the next strip reads, on their way while this one's are worked on.
+    void expect(const T* x, const Rows* rows) {
+        const ConvShape& g = net_.levels[0].g;
+        const i64 first = rows[0].last * g.stride_h + g.pad_h, last = first + rows[0].count() * g.stride_h;
+        ahead_.next = reinterpret_cast<const char*>(x + min_of(first, g.H) * g.W * g.C);
+        ahead_.end = reinterpret_cast<const char*>(x + min_of(last, g.H) * g.W * g.C);
+        i64 left = 0;
+        for (int k = 1; k <= last_; ++k)
+            left += ceil_div(pixels_of(net_.levels[k], rows[k]), kPair) * panels_of(net_.levels[k].g);
+        ahead_.lines = ceil_div(ahead_.end - ahead_.next, 64 * max_of(1, left));
     }
 
     // Before rows of a convolution are made: its planes keep what the strip before them (of `made` rows) had in common
@@ -174,7 +189,7 @@ class Worker {
             at += g.K;
             return at - g.K;
         };
-        const auto before = [&](const i64* to, i64 n, i64 panel) { finish_.own(to, n, panel); };
+        const auto before = [&](const i64* to, i64 n, i64 panel) { ahead_.step(), finish_.own(to, n, panel); };
         const auto done = [&](const float* sums, const i64* to, i64 n, i64 panel) { finish_(sums, to, n, panel); };
         const i64 count = pixels_of(level, rows), panels = panels_of(g);
         if (!net_.projection) {
@@ -207,6 +222,7 @@ class Worker {
     const int last_;
     const Finish<T> finish_;
     Rows rows_[kMost];  // of the strip before
+    Ahead ahead_;
     Tiles tiles_;
     Sums sums_;
 };

@@ -191,22 +191,26 @@ struct Finish {
 
     FR_INLINE void operator()(const float* sums, const i64* at, i64 n, i64 panel) const {
         const i64 k0 = panel * kPair, outs = K - k0;
-        if (outs >= kPair)
-            residual ? whole<true>(sums, at, n, k0) : whole<false>(sums, at, n, k0);
+        if (outs < kPair) return part(sums, at, n, k0, outs);
+        // Pixels that follow each other, as they do but at the ends of rows, need no look at every place.
+        const bool row = at[0] >= 0 && at[n - 1] == at[0] + (n - 1) * K;
+        if (row)
+            residual ? whole<true, true>(sums, at, n, k0) : whole<false, true>(sums, at, n, k0);
         else
-            part(sums, at, n, k0, outs);
+            residual ? whole<true, false>(sums, at, n, k0) : whole<false, false>(sums, at, n, k0);
     }
 
   private:
-    template <bool kResidual>
+    template <bool kResidual, bool kRow>
     FR_INLINE void whole(const float* sums, const i64* at, i64 n, i64 k0) const {
         constexpr int kVectors = int(kPair) / L;
         vf b[kVectors];
         for (int v = 0; v < kVectors; ++v) b[v] = bias ? load(bias + k0 + v * L) : vf{};
         for (i64 i = 0; i < n; ++i, sums += kPair) {
-            if (at[i] < 0) continue;
-            T* to = y + at[i] + k0;
-            const T* r = kResidual ? residual + at[i] + k0 : nullptr;
+            if (!kRow && at[i] < 0) continue;
+            const i64 pixel = (kRow ? at[0] + i * K : at[i]) + k0;
+            T* to = y + pixel;
+            const T* r = kResidual ? residual + pixel : nullptr;
             for (int v = 0; v < kVectors; v += 2, to += 2 * L) {
                 vf first = load(sums + v * L) + b[v], second = load(sums + v * L + L) + b[v + 1];
                 if (kResidual) first += load(r + v * L), second += load(r + v * L + L);

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastres.backends import cpu, cpu_conv, cpu_matrix, cpu_winograd
 from fastres.inference.cpu_program import Builder, Built
-from fastres.inference.cpu_weights import DIRECT, Choice, Packed, flat, gather, matrix
+from fastres.inference.cpu_weights import DIRECT, Choice, Packed, flat, gather, matrix, whole
 from fastres.inference.executors import Kernel
 from fastres.inference.plan import Linear, Node, Segment, Shape, Stem
 from fastres.ops.bn import nhwc
@@ -129,24 +129,34 @@ class CpuSegment:
         return [p for of_node in self.weights for p in of_node]
 
     def _measured(self, shape: Shape, kinds: dict[Packed, tuple[int, ...]]) -> dict[Packed, Choice]:
-        def uniformly(kind: int) -> Built:
-            return self._build(shape, lambda p: Choice(kind if kind in kinds[p] else DIRECT))
-
-        built = {kind: uniformly(kind) for kind in sorted(set().union(*kinds.values()))}
+        units = {p: unit for of, node in zip(self.weights, self.segment.nodes, strict=True)
+                 for unit in whole(node, self.dtype, self.precision) for p in of}  # fmt: skip
+        # One network for each kernel, where it can serve, and one of whole blocks.
+        networks = {kind: lambda p, kind=kind: Choice(kind if kind in kinds[p] else DIRECT)
+                    for kind in sorted(set().union(*kinds.values()))}  # fmt: skip
+        if units:
+            networks["whole"] = lambda p: Choice(units[p], whole=True) if p in units else Choice(DIRECT)
+        built = {kind: self._build(shape, pick) for kind, pick in networks.items()}
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.dtype)
         x = nhwc(x) if x.dim() == 4 else x
         y = torch.empty(next(iter(built.values())).out_shape, dtype=self.dtype)
-        seconds: dict[tuple[Packed, int], float] = {}
+        # Of a convolution and its kernel, or of a node as a whole.
+        seconds: dict[tuple, float] = {}
         for run in range(_RUNS):
             for kind, b in built.items():
                 times = b.program.timed(x.data_ptr(), y.data_ptr(), torch.get_num_threads())
-                for conv, time in zip(b.convs, times, strict=True):
-                    if run and conv is not None:  # the first run warms up
-                        seconds[conv, kind] = min(time, seconds.get((conv, kind), time))
-        found = {}
+                for node, conv, time in zip(b.nodes, b.convs, times, strict=True):
+                    of = (node, kind) if conv is None else (conv, kind)
+                    if run:  # the first run warms up
+                        seconds[of] = min(time, seconds.get(of, time))
+        found, least = {}, {}
         for conv, of_conv in kinds.items():
             best = min(of_conv, key=lambda kind: seconds.get((conv, kind), 0.0))
             found[conv] = Choice(best, conv.error(best) if best > DIRECT else 0.0)
+            least[conv] = seconds.get((conv, best), 0.0)
+        for at, of_node in enumerate(self.weights):
+            if of_node and of_node[0] in units and seconds[at, "whole"] < sum(least[p] for p in of_node):
+                found |= {p: Choice(units[p], whole=True) for p in of_node}
         return found
 
     def _start(self, x: Tensor) -> tuple[Built, Tensor, Tensor]:

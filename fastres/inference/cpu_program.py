@@ -67,13 +67,14 @@ class Builder:
             choices.append(self._node(node, packed, at == last))
             self.nodes += [at] * (len(self.steps) - before)
         program = self.module.Program(DTYPE_CODE[self.dtype], self.arena.bytes)
-        for step in self.steps:
-            program.add(*step)
+        for add, step in self.steps:
+            add(program, *step)
         return Built(program, tuple(self.nodes), tuple(self.convs), tuple(choices), self.shape, tuple(self.held))
 
     def _node(self, node, packed: list[Packed], last: bool) -> tuple[Choice, ...]:
         if isinstance(node, Block):
-            return self._block(node, packed, last)
+            whole = all(self.pick(p).whole for p in packed)
+            return (self._whole_block if whole else self._block)(node, packed, last)
         if isinstance(node, ConvAct):
             return (self._replace(packed[0], node.relu, last),)
         if isinstance(node, Linear):
@@ -126,6 +127,21 @@ class Builder:
             self.arena.free(x)
         return (*choices, *(() if projected is None else (projected,)))
 
+    def _whole_block(self, node: Block, packed: list[Packed], last: bool) -> tuple[Choice, ...]:
+        """As one kernel, the matrix unit's of blocks."""
+        out, projected = node.out_shape(self.shape), node.shortcut is not None
+        inputs = [*node.shapes(self.shape)[: len(node.main)], *([self.shape] if projected else [])]
+        choices = tuple(map(self.pick, packed))
+        convs = [
+            (sizes(shape, tuple(p.weight.shape), p.conv.geometry), *self._weights(p.get(self.isa, c.out), p.bias))
+            for shape, p, c in zip(inputs, packed, choices, strict=True)
+        ]
+        target = self._target(out, last)
+        self.convs.append(None)
+        self.steps.append((self.module.Program.add_block, (self.place, target, convs, projected)))
+        self._move(target, out)
+        return choices
+
     def _conv(self, packed: Packed, residual: int, target: int, relu: bool) -> Choice:
         choice = self.pick(packed)
         weights = self._weights(packed.get(self.isa, choice.out), packed.bias)
@@ -137,7 +153,9 @@ class Builder:
 
     def _step(self, op, residual: int, target: int, fields, pool, out: int, weights, relu: bool, conv=None) -> None:
         self.convs.append(conv)
-        self.steps.append((op, self.place, residual, target, fields, pool, out, *weights, relu))
+        self.steps.append(
+            (self.module.Program.add, (op, self.place, residual, target, fields, pool, out, *weights, relu))
+        )
 
     def _weights(self, packed: torch.Tensor, bias: torch.Tensor) -> tuple[int, int]:
         self.held += [packed, bias]

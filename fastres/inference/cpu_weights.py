@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastres.backends import cpu, cpu_conv, cpu_matrix, cpu_winograd
-from fastres.inference.plan import Conv, Linear, Shape
+from fastres.inference.plan import Block, Conv, Linear, Shape
 from fastres.problem import problem_of
 
 #: Direct sums, or pixels of Winograd's tile, a side, or the matrix unit with less than none: as many as its products of
@@ -24,14 +24,16 @@ _LINE = 16  # floats
 @dataclass(frozen=True)
 class Choice:
     """``out``: `DIRECT`, the tile of Winograd's or the matrix unit's; ``error``: its `Packed.error` (0.0: not
-    measured)."""
+    measured); ``whole``: with all of its block, depth first."""
 
     out: int
     error: float = 0.0
+    whole: bool = False
 
     def __str__(self) -> str:
         if self.out < 0:
-            return "matrix bf16" if self.out == -1 else f"matrix {-self.out} x bf16"
+            name = "matrix bf16" if self.out == -1 else f"matrix {-self.out} x bf16"
+            return f"{name}, depth first" if self.whole else name
         return f"winograd {self.out}x{self.out}" if self.out else "direct"
 
 
@@ -41,6 +43,14 @@ def matrix(dtype: torch.dtype, precision: str) -> tuple[int, ...]:
     if exact or dtype == torch.float64 or cpu_matrix.unit() not in UNITS:
         return ()
     return (-1,) if dtype == torch.bfloat16 else (-3,)
+
+
+def whole(node, dtype: torch.dtype, precision: str) -> tuple[int, ...]:
+    """The matrix unit's kernel for a whole node, as `matrix`, where there is one."""
+    if not isinstance(node, Block):
+        return ()
+    shapes = [(tuple(c.weight.shape), c.geometry) for c in node.convs()]
+    return () if cpu_matrix.block_why_not(shapes, node.shortcut is not None) else matrix(dtype, precision)
 
 
 def flat(node: Linear) -> Conv:
