@@ -6,6 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from fastres.backends import cpu, cpu_matrix
+from fastres.inference import cpu_executor, cpu_weights
+from fastres.inference.plan import Conv, Segment, Stem
 
 pytestmark = pytest.mark.skipif(cpu._module is None, reason=f"fastres._cpu is not built: {cpu._missing}")
 CL = torch.channels_last
@@ -253,3 +255,43 @@ def test_blocks_refuse(isa):
         cpu_matrix.block(x, [*packed, packed[1]], True)
     with pytest.raises(ValueError, match="got 32 channels|expected"):
         cpu_matrix.block(x, [packed[0], packed[0], packed[2]], False)
+
+
+# C, K, R, S, stride, padding, pool's kernel, stride and padding, H, W.
+STEMS = [
+    (3, 64, 7, 7, (2, 2), 3, 3, 2, 1, 37, 41),
+    (3, 20, 3, 3, (2, 2), 1, 2, 2, 0, 16, 70),
+    (1, 33, 5, 8, (1, 1), 2, 3, 1, 1, 9, 12),
+    (4, 32, 1, 1, (1, 3), 0, 3, 2, 0, 20, 23),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stems(isa, dtype, monkeypatch):
+    """A NaN reaches the windows that it lies in, and no others: a step reads no pixel but the filter's."""
+    monkeypatch.setattr(cpu_weights, "UNITS", {cpu_matrix.unit()})
+    least = lambda self, shape, kinds: {p: cpu_weights.Choice(min(of_conv)) for p, of_conv in kinds.items()}  # noqa: E731
+    monkeypatch.setattr(cpu_executor.CpuSegment, "_measured", least)
+    g = torch.Generator().manual_seed(0)
+    for C, K, R, S, stride, padding, *pool, H, W in STEMS:
+        w = torch.randn(K, C, R, S, generator=g).to(dtype).float()
+        node = Stem("stem", Conv(w, torch.randn(K, generator=g), stride, (padding, padding)), *pool)
+        for N in (1, 3):
+            x = torch.randn(N, C, H, W, generator=g).to(dtype).to(memory_format=CL)
+            if N == 3:
+                x[1, :, H // 2, W // 2], x[2, 0, 0, W - 1] = float("nan"), float("nan")
+            y = F.conv2d(x.double(), w.double(), node.conv.bias.double(), stride, padding).relu()
+            expected = F.max_pool2d(y, *pool)
+            segment = cpu_executor.CpuSegment(Segment((node,)), dtype, "high")
+            got = segment.run(x)
+            assert "matrix" in segment.kernels(tuple(x.shape))[0].kernel
+            assert got.shape == expected.shape and torch.equal(got.isnan(), expected.isnan()), (C, K, R, S)
+            lost = 0 if dtype == torch.bfloat16 else C * R * S * 2**-16 / 8
+            limit = lost + 4 * (C * R * S) ** 0.5 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps / 2
+            error = (got.double() - expected).nan_to_num().abs().max()
+            assert error <= limit * expected.nan_to_num().abs().max(), f"{C} {K} {R} {S}: {error}"
+            threads = torch.get_num_threads()
+            torch.set_num_threads(threads + 2)
+            again = segment.run(x)
+            torch.set_num_threads(threads)
+            assert torch.equal(again.nan_to_num(), got.nan_to_num())

@@ -46,6 +46,13 @@ void stem_conv(int dtype, const void* x, const float* packed, const ConvShape& s
 i64 stem_packed_floats(const ConvShape& shape);
 void stem_pack(const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed);
 
+// The same on the matrix unit, of up to 4 channels, 8 columns and 15 rows and any stride; packed as matrix_stem_pack
+// made it for the dtype.
+void matrix_stem(int dtype, const void* x, const float* packed, const ConvShape& shape, const PoolShape& pool,
+                 const float* bias, void* y, i64 ctx);
+i64 matrix_stem_packed_floats(int dtype, const ConvShape& shape);
+void matrix_stem_pack(int dtype, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed);
+
 // y [N, C] = mean over M of x [N, M, C], summed in float32 in the order of M.
 void global_mean(int dtype, const void* x, i64 N, i64 M, i64 C, void* y, i64 ctx);
 

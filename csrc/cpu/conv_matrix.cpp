@@ -21,11 +21,8 @@ void pack(const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, u16* 
                 const float* from = w + k0 * w_k + c0 * w_c + step % taps * w_tap;
                 for (i64 k = 0; k < min_of(kPair, g.K - k0); ++k)
                     for (i64 c = 0; c < min_of(kDepth, g.C - c0); ++c) {
-                        vf hi, lo;
-                        split(vf{} + from[k * w_k + c * w_c], hi, lo);
                         u16* at = to + k / kSide * kTile + (c / 2 * kSide + k % kSide) * 2 + c % 2;
-                        *at = u16(bit_cast<vu>(hi)[0] >> 16);
-                        if (kHalves<T>) at[2 * kTile] = u16(bf16_bits(lo)[0] >> 16);
+                        pack_one<T>(from[k * w_k + c * w_c], at);
                     }
             }
     });

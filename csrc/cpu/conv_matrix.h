@@ -165,6 +165,15 @@ FR_INLINE void store_halves(u16* to, i64 low, vf a, vf b) {
     store_narrow(to + low, lo[0], lo[1]);
 }
 
+// A weight, at the place of its hi in a step.
+template <class T>
+FR_INLINE void pack_one(float w, u16* at) {
+    vf hi, lo;
+    split(vf{} + w, hi, lo);
+    at[0] = u16(bit_cast<vu>(hi)[0] >> 16);
+    if (kHalves<T>) at[2 * kTile] = u16(bf16_bits(lo)[0] >> 16);
+}
+
 // ---- the end of a block
 
 // y = act(sums + bias + residual), 32 channels of each pixel.

@@ -1,18 +1,17 @@
-// The stem of an evaluation, max_pool(relu(conv(x) + bias)) on images of three channels with a horizontal stride of 2:
-// rows of conv's output live in L1 until the pooling has taken them. And the mean over images before the classifier.
+// The stem of an evaluation (stem_rows.h) on images of three channels with a horizontal stride of 2. And the mean over
+// images before the classifier.
 //
 // S pixels of three channels are 3*S values that follow each other in x, and the next output's window starts 6 values
 // further: a filter row is one dense step, and nothing is padded to blocks of channels.
 #include <stdexcept>
 
-#include "cpu/conv.h"
 #include "cpu/conv_tile.h"
+#include "cpu/stem_rows.h"
 
 namespace FASTRES_BACKEND {
 namespace {
 
 constexpr int kColors = 3, kStepW = 2;
-constexpr i64 kMostRows = 16;
 
 void check(const ConvShape& g) {
     if (g.C != kColors || g.stride_w != kStepW || g.dilation_h != 1 || g.dilation_w != 1 || g.R >= kMostRows)
@@ -25,39 +24,27 @@ template <class T>
 class StemWorker {
   public:
     StemWorker(const ConvShape& g, const PoolShape& pool, const T* x, const float* w, const float* bias, T* y)
-        : g_(g), pool_(pool), x_(x), w_(w), bias_(bias), y_(y) {
-        panels_ = ceil_div(g.K, kPanel);
-        width_ = panels_ * kPanel;
+        : g_(g),
+          x_(x),
+          w_(w),
+          panels_(ceil_div(g.K, kPanel)),
+          width_(panels_ * kPanel),
+          pooled_(g, pool, bias, y, width_, g.Q) {
         row_floats_ = ceil_div((max_of(g.W, (g.Q - 1) * kStepW + g.S - g.pad_w) + g.pad_w) * kColors, kBlock) * kBlock;
         row_floats_ = max_of(row_floats_, kBlock);
-        while (slots_ < pool.kernel) slots_ *= 2;
     }
 
-    // A padded input row for each slot, one of zeros, and slots_ rows of the convolution.
-    i64 scratch_floats() const { return (kMostRows + 1) * row_floats_ + slots_ * g_.Q * width_; }
+    // A padded input row for each slot, one of zeros, and the ring.
+    i64 scratch_floats() const { return (kMostRows + 1) * row_floats_ + pooled_.ring_floats(); }
 
     // Pooled rows [first, last) of all images.
-    void run(i64 first, i64 last, float* scratch) const {
-        float* rows = scratch;
-        float* zeros = rows + kMostRows * row_floats_;
-        float* ring = zeros + row_floats_;
+    void run(i64 first, i64 last, float* rows) const {
+        const float* zeros = rows + kMostRows * row_floats_;
         __builtin_memset(rows, 0, (kMostRows + 1) * row_floats_ * sizeof(float));
-        i64 image = -1, have = 0, made = 0;  // input rows and rows of the convolution that are there, up to these
-        for (i64 r = first; r < last; ++r) {
-            const i64 n = r / pool_.P, p = r % pool_.P;
-            const i64 h0 = max_of(0, p * pool_.stride - pool_.padding);
-            const i64 h1 = min_of(g_.P, p * pool_.stride - pool_.padding + pool_.kernel);
-            if (n != image) image = n, made = h0, have = h0 * g_.stride_h - g_.pad_h;
-            made = max_of(made, h0);
-            for (; made < h1; ++made) {
-                const i64 top = made * g_.stride_h - g_.pad_h;
-                for (have = max_of(have, top); have < top + g_.R; ++have)
-                    if (have >= 0 && have < g_.H)
-                        widen(x_ + (n * g_.H + have) * g_.W * kColors, rows + have % kMostRows * row_floats_);
-                convolve(top, rows, zeros, ring + made % slots_ * g_.Q * width_);
-            }
-            pool(h0, h1, ring, y_ + r * pool_.Q * g_.K);
-        }
+        pooled_.run(
+            first, last, rows + (kMostRows + 1) * row_floats_,
+            [&](i64 n, i64 h) { widen(x_ + (n * g_.H + h) * g_.W * kColors, rows + h % kMostRows * row_floats_); },
+            [&](i64 top, float* out) { convolve(top, rows, zeros, out); });
     }
 
   private:
@@ -87,36 +74,12 @@ class StemWorker {
         }
     }
 
-    void pool(i64 h0, i64 h1, const float* ring, T* y) const {
-        for (i64 q = 0; q < pool_.Q; ++q, y += g_.K) {
-            const i64 w0 = max_of(0, q * pool_.stride - pool_.padding);
-            const i64 w1 = min_of(g_.Q, q * pool_.stride - pool_.padding + pool_.kernel);
-            i64 k = 0;
-            for (; k + L <= g_.K; k += L) window(h0, h1, w0, w1, ring, y, k, Full());
-            if (k < g_.K) window(h0, h1, w0, w1, ring, y, k, Tail{int(g_.K - k), false});
-        }
-    }
-
-    // The greatest sum, then the bias and the ReLU, which keep the order of two values.
-    template <class Span>
-    FR_INLINE void window(i64 h0, i64 h1, i64 w0, i64 w1, const float* ring, T* y, i64 k, Span span) const {
-        vf best = load(ring + (h0 % slots_ * g_.Q + w0) * width_ + k);
-        for (i64 h = h0; h < h1; ++h) {
-            const float* row = ring + h % slots_ * g_.Q * width_ + k;
-            for (i64 w = w0; w < w1; ++w) {
-                const vf v = load(row + w * width_);
-                best = v != v ? v : at_least(best, v);  // a NaN wins, whichever comes first
-            }
-        }
-        span.store(y + k, at_least(best + span.load(bias_ + k), vf{}));
-    }
-
     const ConvShape& g_;
-    const PoolShape& pool_;
     const T* x_;
-    const float *w_, *bias_;
-    T* y_;
-    i64 panels_, width_, row_floats_, slots_ = 1;
+    const float* w_;
+    const i64 panels_, width_;
+    i64 row_floats_;
+    const PooledRows<T> pooled_;
 };
 
 }  // namespace

@@ -198,6 +198,14 @@ FORWARD(matrix_block,
         (int dtype, const void* x, const ConvShape* shapes, const float* const* packed, const float* const* bias,
          int count, int projected, void* y, i64 ctx),
         dtype, x, shapes, packed, bias, count, projected, y, ctx)
+FORWARD(matrix_stem,
+        (int dtype, const void* x, const float* packed, const ConvShape& shape, const PoolShape& pool,
+         const float* bias, void* y, i64 ctx),
+        dtype, x, packed, shape, pool, bias, y, ctx)
+FORWARD(matrix_stem_pack,
+        (int dtype, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed), dtype, w, w_k,
+        w_c, w_tap, shape, packed)
+FORWARD_SIZE(matrix_stem_packed_floats, (int dtype, const ConvShape& shape), dtype, shape)
 FORWARD_SIZE(matrix_unit, ())
 FORWARD_SIZE(matrix_packed_floats, (int dtype, const ConvShape& shape), dtype, shape)
 FORWARD_SIZE(conv_packed_floats, (const ConvShape& shape), shape)

@@ -57,6 +57,8 @@ constexpr int kRows = 16, kBytes = 64;
 
 struct State {
     bool configured = false;
+    u8 rows[8];
+    int bytes[8];
     alignas(64) u8 tile[8][kRows][kBytes];
 };
 // The first use may be inside the handler and allocate: the signal comes from a kernel, not from the allocator.
@@ -78,10 +80,10 @@ float flushed(float f) {
 
 // The pseudocode of TDPBF16PS in Intel's manual.
 void dot(int d, int a, int b) {
-    for (int m = 0; m < kRows; ++m)
-        for (int n = 0; n < kBytes / 4; ++n) {
+    for (int m = 0; m < state.rows[d]; ++m)
+        for (int n = 0; n < state.bytes[d] / 4; ++n) {
             float even = 0, odd = 0;
-            for (int k = 0; k < kBytes / 4; ++k) {
+            for (int k = 0; k < state.bytes[a] / 4; ++k) {
                 u32 x, y;
                 std::memcpy(&x, &state.tile[a][m][4 * k], 4);
                 std::memcpy(&y, &state.tile[b][k][4 * n], 4);
@@ -149,8 +151,12 @@ int execute(greg_t* registers) {
     if (opcode == 0x49 && prefix == kNoPrefix) {  // LDTILECFG
         const Memory m = memory(at + 4, registers, x, b);
         if (m.base[0] != 1) return 0;
-        for (int t = 0; t < 8; ++t)
-            if (m.base[16 + 2 * t] != kBytes || m.base[48 + t] != kRows) return 0;  // kernels use whole tiles
+        for (int t = 0; t < 8; ++t) {
+            state.bytes[t] = static_cast<u8>(m.base[16 + 2 * t]) | m.base[17 + 2 * t] << 8;
+            state.rows[t] = static_cast<u8>(m.base[48 + t]);
+            if (state.bytes[t] < 4 || state.bytes[t] > kBytes || state.bytes[t] % 4) return 0;
+            if (state.rows[t] < 1 || state.rows[t] > kRows) return 0;
+        }
         std::memset(state.tile, 0, sizeof state.tile);
         state.configured = true;
         return 4 + m.length;
@@ -162,14 +168,17 @@ int execute(greg_t* registers) {
     }
     if (opcode == 0x4b && (prefix == kF2 || prefix == kF3) && mod != 3) {  // TILELOADD, TILESTORED
         const Memory m = memory(at + 4, registers, x, b);
-        for (int r = 0; r < kRows; ++r)
+        for (int r = 0; r < state.rows[first]; ++r)
             if (prefix == kF2)
-                std::memcpy(state.tile[first][r], m.base + r * m.index, kBytes);
+                std::memcpy(state.tile[first][r], m.base + r * m.index, state.bytes[first]);
             else
-                std::memcpy(m.base + r * m.index, state.tile[first][r], kBytes);
+                std::memcpy(m.base + r * m.index, state.tile[first][r], state.bytes[first]);
         return 4 + m.length;
     }
     if (opcode == 0x5c && prefix == kF3 && mod == 3) {  // TDPBF16PS
+        const bool fits = state.rows[first] == state.rows[second] && state.bytes[second] == 4 * state.rows[third] &&
+                          state.bytes[first] == state.bytes[third];
+        if (!fits) return 0;
         dot(first, second, third);
         return 5;
     }

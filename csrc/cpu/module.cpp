@@ -46,7 +46,8 @@ void program(pybind11::module_& m) {
         .value("winograd", Op::kWinograd)
         .value("stem", Op::kStem)
         .value("mean", Op::kMean)
-        .value("matrix", Op::kMatrix);
+        .value("matrix", Op::kMatrix)
+        .value("matrix_stem", Op::kMatrixStem);
     m.attr("PLACE_INPUT") = kInput;
     m.attr("PLACE_OUTPUT") = kOutput;
     m.attr("PLACE_NONE") = kNone;
@@ -168,6 +169,14 @@ void extras(pybind11::module_& m) {
         "matrix_pack",
         [](int dtype, Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, Address packed, i64 ctx) {
             matrix_pack(dtype, pointer<float>(w), w_k, w_c, w_tap, shape_of(sizes), pointer<float>(packed), ctx);
+        },
+        released, "See csrc/cpu/conv.h.");
+    m.def("matrix_stem_packed_floats",
+          [](int dtype, const Sizes& sizes) { return matrix_stem_packed_floats(dtype, shape_of(sizes)); });
+    m.def(
+        "matrix_stem_pack",
+        [](int dtype, Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, Address packed) {
+            matrix_stem_pack(dtype, pointer<float>(w), w_k, w_c, w_tap, shape_of(sizes), pointer<float>(packed));
         },
         released, "See csrc/cpu/conv.h.");
     m.def("stem_packed_floats", [](const Sizes& sizes) { return stem_packed_floats(shape_of(sizes)); });

@@ -30,6 +30,8 @@ void run_step(int dtype, const Step& s, const Places& at, i64 threads) {
             return stem_conv(dtype, src, s.packed, s.shape, s.pool, s.bias, dst, threads);
         case Op::kMatrix:
             return matrix_fprop(dtype, src, s.packed, s.shape, s.bias, residual, s.relu, dst, threads);
+        case Op::kMatrixStem:
+            return matrix_stem(dtype, src, s.packed, s.shape, s.pool, s.bias, dst, threads);
         case Op::kBlock: {
             const Parts& p = s.parts;
             return matrix_block(dtype, src, p.shapes.data(), p.packed.data(), p.bias.data(),

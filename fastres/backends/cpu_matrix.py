@@ -65,6 +65,28 @@ def pack(w: Tensor, dtype: torch.dtype) -> Tensor:
     return packed
 
 
+def stem_why_not(w_shape, geometry: Geometry) -> list[str]:
+    """Reasons why the kernel of stems cannot serve a convolution, [] if it can."""
+    K, C, R, S = w_shape
+    if C > 4 or S > 8 or R > cpu_conv.STEM_ROWS or tuple(geometry[2]) != (1, 1) or geometry[3] != 1:
+        most = f"at most 4 channels, {cpu_conv.STEM_ROWS} rows and 8 columns, no dilation, one group"
+        return [f"a stem of {(K, C, R, S)} with dilation {geometry[2]} and {geometry[3]} groups: expected {most}"]
+    return []
+
+
+def pack_stem(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float32 weight ``[K, C, R, S]`` of a stem as an inference program reads it for images of ``dtype``: dense, of
+    float32 in name only."""
+    reasons = stem_why_not(w.shape, ((1, 1), (0, 0), (1, 1), 1))
+    if reasons or w.dtype != torch.float32:
+        raise ValueError(f"pack_stem: w: got {w.dtype} {tuple(w.shape)}, expected float32; {'; '.join(reasons)}")
+    K, C, R, S = w.shape
+    fields = (1, R, S, C, K, 1, 1, R, S, 1, 1, 0, 0, 1, 1, 1)
+    packed = torch.empty(cpu._require().matrix_stem_packed_floats(DTYPE_CODE[dtype], fields))
+    cpu._require().matrix_stem_pack(DTYPE_CODE[dtype], *cpu_conv.weight_address(w), fields, packed.data_ptr())
+    return packed
+
+
 def fprop(x: Tensor, packed: Tensor, w_shape, geometry: Geometry, bias: Tensor | None = None,
           residual: Tensor | None = None, relu: bool = False, y: Tensor | None = None) -> Tensor:  # fmt: skip
     """``act(conv(x, w) + bias + residual)``, ``[N, K, P, Q]`` in channels_last.

@@ -86,7 +86,7 @@ class CpuSegment:
 
     def __init__(self, segment: Segment, dtype: torch.dtype, precision: str):
         self.segment, self.dtype, self.precision = segment, dtype, precision
-        self.weights = [[Packed(c) for c in _convs(node)] for node in segment.nodes]
+        self.weights = [[Packed(c, isinstance(node, Stem)) for c in _convs(node)] for node in segment.nodes]
         self._programs: dict[tuple, Built] = {}
         #: (instruction set, threads, about how many elements of input) -> convolution -> its kernel.
         self._choices: dict[tuple, dict[Packed, Choice]] = {}
@@ -188,10 +188,11 @@ class CpuSegment:
             kernel = ", ".join(f"{names.count(n)} x {n}" if names.count(n) > 1 else n for n in dict.fromkeys(names))
             errors = [c.error for c in choices if c.out > DIRECT]
             note = f"winograd's error {max(errors):.1e} a layer" if errors else ""
-            own = {"stem": "conv + pool in L1", "global_avg_pool": "mean"}
+            if node.op == "stem":
+                kernel = f"{kernel} + pool in L1"
             tile = {"avx512": "14x32", "avx2": "6x16"}.get(cpu.isa(), "")
             tile = "32x32" if any(c.out < DIRECT for c in choices) else tile
-            found.append(Kernel(kernel or own[node.op], cpu.isa(), tile if choices or node.op == "stem" else "", note))
+            found.append(Kernel(kernel or "mean", cpu.isa(), tile if choices else "", note))
         return found
 
     def memory(self, shape: Shape) -> int:

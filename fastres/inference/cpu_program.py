@@ -86,14 +86,18 @@ class Builder:
         target = self._target(out, last)
         if isinstance(node, Stem):
             pool = (node.pool_kernel, node.pool_stride, node.pool_padding, *out[2:])
-            weights = self._weights(packed[0].get(self.isa, "stem"), packed[0].bias)
-            fields = sizes(self.shape, tuple(packed[0].weight.shape), node.conv.geometry)
-            self._step(self.module.Op.stem, self.module.PLACE_NONE, target, fields, pool, 0, weights, True)
-        else:
-            assert isinstance(node, GlobalAvgPool)
-            N, C, H, W = self.shape
-            fields = (N, H, W, C, C, 1, 1, H, W, 1, 1, 0, 0, 1, 1, 1)
-            self._step(self.module.Op.mean, self.module.PLACE_NONE, target, fields, (0,) * 5, 0, (0, 0), False)
+            (conv,) = packed
+            choice = self.pick(conv)
+            weights = self._weights(conv.get(self.isa, choice.out), conv.bias)
+            fields = sizes(self.shape, tuple(conv.weight.shape), node.conv.geometry)
+            op = self.module.Op.matrix_stem if choice.out < DIRECT else self.module.Op.stem
+            self._step(op, self.module.PLACE_NONE, target, fields, pool, 0, weights, True, conv)
+            self._move(target, out)
+            return (choice,)
+        assert isinstance(node, GlobalAvgPool)
+        N, C, H, W = self.shape
+        fields = (N, H, W, C, C, 1, 1, H, W, 1, 1, 0, 0, 1, 1, 1)
+        self._step(self.module.Op.mean, self.module.PLACE_NONE, target, fields, (0,) * 5, 0, (0, 0), False)
         self._move(target, out)
         return ()
 

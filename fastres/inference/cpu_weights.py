@@ -61,24 +61,24 @@ def flat(node: Linear) -> Conv:
 class Packed:
     """One convolution's weights, laid out once for each kernel and instruction set that asked for them."""
 
-    def __init__(self, conv: Conv):
-        self.conv = conv
+    def __init__(self, conv: Conv, stem: bool = False):
+        self.conv, self.stem = conv, stem
         self.weight = conv.weight.float().contiguous(memory_format=torch.channels_last)
         self.bias = conv.bias.float().contiguous()
-        self._held: dict[tuple[str, int | str], Tensor] = {}
-        self._moved: set[tuple[str, int | str]] = set()
+        self._held: dict[tuple[str, int], Tensor] = {}
+        self._moved: set[tuple[str, int]] = set()
 
-    def get(self, isa: str, kind: int | str) -> Tensor:
-        """For a kernel of `Choice.out`, or "stem"."""
+    def get(self, isa: str, kind: int) -> Tensor:
+        """For a kernel of `Choice.out`."""
         found = self._held.get((isa, kind))
         if found is None:  # two threads may both pack: either result serves
             with torch.inference_mode(False), torch.no_grad():
-                if kind == "stem":
-                    found = cpu_conv.pack_stem(self.weight)
-                elif kind == DIRECT:
-                    found = cpu_conv.pack(self.weight, self.conv.groups)
+                if kind == DIRECT:
+                    w = self.weight
+                    found = cpu_conv.pack_stem(w) if self.stem else cpu_conv.pack(w, self.conv.groups)
                 elif kind < DIRECT:
-                    found = cpu_matrix.pack(self.weight, torch.bfloat16 if kind == -1 else torch.float32)
+                    pack = cpu_matrix.pack_stem if self.stem else cpu_matrix.pack
+                    found = pack(self.weight, torch.bfloat16 if kind == -1 else torch.float32)
                 else:
                     found = cpu_winograd.pack(self.weight, kind)
             self._held[isa, kind] = found
@@ -87,15 +87,15 @@ class Packed:
     def keep(self, isa: str, kinds: set[int]) -> None:
         """Forget what was laid out for an instruction set and is not needed any more."""
         for held, kind in list(self._held):
-            if held == isa and isinstance(kind, int) and kind not in kinds:
+            if held == isa and kind not in kinds:
                 self._held.pop((held, kind), None)
                 self._moved.discard((held, kind))
 
-    def scattered(self, isa: str) -> dict[int | str, Tensor]:
+    def scattered(self, isa: str) -> dict[int, Tensor]:
         """What is laid out for an instruction set and not part of a block, by kernel."""
         return {kind: t for (of, kind), t in self._held.items() if of == isa and (of, kind) not in self._moved}
 
-    def moved(self, isa: str, kind: int | str, packed: Tensor) -> None:
+    def moved(self, isa: str, kind: int, packed: Tensor) -> None:
         self._held[isa, kind] = packed
         self._moved.add((isa, kind))
 
@@ -104,6 +104,9 @@ class Packed:
 
     def kinds(self, dtype: torch.dtype, precision: str) -> tuple[int, ...]:
         """The kernels that can serve."""
+        if self.stem:
+            served = not cpu_matrix.stem_why_not(self.weight.shape, self.conv.geometry)
+            return (DIRECT, *(matrix(dtype, precision) if served else ()))
         w = torch.empty(1, dtype=dtype).expand(self.weight.shape)
         x = torch.empty(1, dtype=dtype).expand(1, self.conv.inputs, 16, 16)
         fast = precision != "exact" and not cpu_winograd.why_not(x, w, self.conv.geometry)

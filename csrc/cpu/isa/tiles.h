@@ -14,16 +14,20 @@ constexpr int kTileRows = 16, kTileBytes = 64;
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__)
 constexpr bool kModelled = false;
 
-// All tiles whole, for the life of the object on its thread.
+// The tiles of a thread, for the life of the object: 0 to 3 of sums, 4 and 5 of A with `depth` bfloat16 in a row, 6 and
+// 7 of B with depth / 2 rows. depth is even, at most 32.
 class Tiles {
   public:
-    Tiles() {
+    explicit Tiles(int depth = 2 * kTileRows) {
         struct alignas(64) {
             u8 palette = 1, start = 0, reserved[14] = {};
             u16 bytes[16] = {};
             u8 rows[16] = {};
         } config;
-        for (int t = 0; t < 8; ++t) config.bytes[t] = kTileBytes, config.rows[t] = kTileRows;
+        for (int t = 0; t < 8; ++t) {
+            config.bytes[t] = u16(t == 4 || t == 5 ? 2 * depth : kTileBytes);
+            config.rows[t] = u8(t == 6 || t == 7 ? depth / 2 : kTileRows);
+        }
         __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
     }
     ~Tiles() { __asm__ volatile("tilerelease" ::: "memory"); }
@@ -43,7 +47,7 @@ class Tiles {
     FR_INLINE void store(void* to, i64 bytes) {
         __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(bytes), "i"(T) : "memory");
     }
-    // D [16, 16] += A [16, 32] . B, B as 16 rows of pairs: (B[2i][n], B[2i+1][n]).
+    // D [16, 16] += A [16, depth] . B, B as rows of pairs: (B[2i][n], B[2i+1][n]).
     template <int D, int A, int B>
     FR_INLINE void dot() {
         __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(D), "i"(A), "i"(B));
@@ -55,14 +59,16 @@ constexpr bool kModelled = true;
 
 class Tiles {
   public:
+    explicit Tiles(int depth = 2 * kTileRows) : pairs_(depth / 2) {}
     template <int T>
     void zero() {
         __builtin_memset(tile_[T], 0, sizeof tile_[T]);
     }
     template <int T>
     void load(const void* from, i64 bytes) {
-        for (int r = 0; r < kTileRows; ++r)
-            __builtin_memcpy(tile_[T] + r * 16, static_cast<const char*>(from) + r * bytes, kTileBytes);
+        const int rows = T >= 6 ? pairs_ : kTileRows, width = T == 4 || T == 5 ? 4 * pairs_ : kTileBytes;
+        for (int r = 0; r < rows; ++r)
+            __builtin_memcpy(tile_[T] + r * 16, static_cast<const char*>(from) + r * bytes, width);
     }
     template <int T>
     void store(void* to, i64 bytes) {
@@ -74,7 +80,7 @@ class Tiles {
         for (int m = 0; m < kTileRows; ++m)
             for (int n = 0; n < 16; n += L) {
                 vf even{}, odd{};
-                for (int i = 0; i < 16; ++i) {
+                for (int i = 0; i < pairs_; ++i) {
                     const u32 a = tile_[A][m * 16 + i];
                     const vu b = read<vu>(tile_[B] + i * 16 + n);
                     even = fma(splat(a << 16), bit_cast<vf>(b << 16), even);
@@ -87,6 +93,7 @@ class Tiles {
 
   private:
     static vf splat(u32 bits) { return vf{} + bit_cast<float>(bits); }
+    const int pairs_;
     u32 tile_[8][kTileRows * 16] = {};
 };
 #endif

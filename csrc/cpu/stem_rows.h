@@ -1,0 +1,77 @@
+// The stem of an evaluation, max_pool(relu(conv(x) + bias)): rows of conv's output live in a ring until the pooling has
+// taken them.
+#pragma once
+#include "cpu/conv.h"
+#include "cpu/isa/rows.h"
+
+namespace FASTRES_BACKEND {
+namespace {
+
+constexpr i64 kMostRows = 16;  // of the input that are held, more than a filter's
+
+// `width` floats for each of the ring's `pixels` in a row, the first K of them sums.
+template <class T>
+class PooledRows {
+  public:
+    PooledRows(const ConvShape& g, const PoolShape& pool, const float* bias, T* y, i64 width, i64 pixels)
+        : g_(g), pool_(pool), bias_(bias), y_(y), width_(width), row_(pixels * width) {
+        while (slots_ < pool.kernel) slots_ *= 2;
+    }
+    i64 ring_floats() const { return slots_ * row_; }
+
+    // Pooled rows [first, last) of all images. bring(n, h): row h of image n is needed from now on, in slot h modulo
+    // kMostRows. make(top, out): a row of the convolution, of the input rows from `top` on.
+    template <class Bring, class Make>
+    void run(i64 first, i64 last, float* ring, const Bring& bring, const Make& make) const {
+        i64 image = -1, have = 0, made = 0;  // input rows and rows of the convolution that are there, up to these
+        for (i64 r = first; r < last; ++r) {
+            const i64 n = r / pool_.P, p = r % pool_.P;
+            const i64 h0 = max_of(0, p * pool_.stride - pool_.padding);
+            const i64 h1 = min_of(g_.P, p * pool_.stride - pool_.padding + pool_.kernel);
+            if (n != image) image = n, made = h0, have = h0 * g_.stride_h - g_.pad_h;
+            made = max_of(made, h0);
+            for (; made < h1; ++made) {
+                const i64 top = made * g_.stride_h - g_.pad_h;
+                for (have = max_of(have, top); have < top + g_.R; ++have)
+                    if (have >= 0 && have < g_.H) bring(n, have);
+                make(top, ring + made % slots_ * row_);
+            }
+            pool(h0, h1, ring, y_ + r * pool_.Q * g_.K);
+        }
+    }
+
+  private:
+    void pool(i64 h0, i64 h1, const float* ring, T* y) const {
+        for (i64 q = 0; q < pool_.Q; ++q, y += g_.K) {
+            const i64 w0 = max_of(0, q * pool_.stride - pool_.padding);
+            const i64 w1 = min_of(g_.Q, q * pool_.stride - pool_.padding + pool_.kernel);
+            i64 k = 0;
+            for (; k + L <= g_.K; k += L) window(h0, h1, w0, w1, ring, y, k, Full());
+            if (k < g_.K) window(h0, h1, w0, w1, ring, y, k, Tail{int(g_.K - k), false});
+        }
+    }
+
+    // The greatest sum, then the bias and the ReLU, which keep the order of two values.
+    template <class Span>
+    FR_INLINE void window(i64 h0, i64 h1, i64 w0, i64 w1, const float* ring, T* y, i64 k, Span span) const {
+        vf best = load(ring + h0 % slots_ * row_ + w0 * width_ + k);
+        for (i64 h = h0; h < h1; ++h) {
+            const float* row = ring + h % slots_ * row_ + k;
+            for (i64 w = w0; w < w1; ++w) {
+                const vf v = load(row + w * width_);
+                best = v != v ? v : at_least(best, v);  // a NaN wins, whichever comes first
+            }
+        }
+        span.store(y + k, at_least(best + span.load(bias_ + k), vf{}));
+    }
+
+    const ConvShape& g_;
+    const PoolShape& pool_;
+    const float* bias_;
+    T* y_;
+    const i64 width_, row_;
+    i64 slots_ = 1;
+};
+
+}  // namespace
+}  // namespace FASTRES_BACKEND
