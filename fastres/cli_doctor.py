@@ -17,6 +17,7 @@ def section(found: dict, short: bool) -> Iterator[Table]:
         whose = [f"[green]{', '.join(row['ours'])} by fastres[/green]"] if row["ours"] else []
         whose += [f"{', '.join(theirs)} by PyTorch"] if theirs else []
         page.add_row(row["dtype"], f"{'; '.join(whose)} [dim]({escape(row['why'])})[/dim]")
+    page.add_row("matrix unit", escape(found["matrix_unit"]))
     yield page
     if short:
         return

@@ -203,6 +203,15 @@ def cpu_convolutions() -> list[dict]:
     return rows
 
 
+def matrix_unit() -> str:
+    """Whether inference sessions have this CPU's matrix unit, and for what."""
+    from fastres.backends import cpu_matrix
+
+    if cpu_matrix.unit() == "instructions":
+        return 'AMX with bfloat16: offered to bf16, fp16 and precision="high"'
+    return "none (AMX with bfloat16)"
+
+
 def whole_blocks(verify: bool = False) -> dict:
     """Evaluation blocks in one kernel: what was decided in this process, and which typical ones each GPU could take.
 
@@ -257,6 +266,7 @@ def examine(verify: bool = False) -> dict:
         "choices": choices(verify),
         "tuning": tuning(),
         "cpu_convolutions": cpu_convolutions(),
+        "matrix_unit": matrix_unit(),
         "whole_blocks": whole_blocks(verify),
         "one_pass": one_pass(),
         "openmp": openmp_runtimes(),
