@@ -92,7 +92,7 @@ struct Ahead {
     }
 };
 
-// Two blocks' sums: while one is finished, the next is made.
+// Two blocks' sums.
 struct alignas(64) Sums {
     float block[2][kSums];
 };
@@ -101,22 +101,31 @@ struct alignas(64) Sums {
 // elements into whatever done() writes, or nowhere (-1): what next() says of one pixel after the other. before(at, n,
 // panel) comes ahead of a block's products. Pixels that lie where x is are copied to `edge`, [kPair, pitch], if a tile
 // would read behind them.
+//
+// A block is done after the products of the next were issued: its sums are in memory by then, and both run at once.
 template <class T, int kOperands, class Next, class Before, class Done>
 FR_INLINE void blocks(Tiles& t, Sums& sums, const Operand (&o)[kOperands], i64 count, i64 g0, i64 g1, bool fetch,
                       u16* edge, Next&& next, const Before& before, const Done& done) {
     constexpr i64 kRow = kPair * i64(sizeof(float));
+    i64 at[2][kPair];  // of two rows of blocks
+    struct {
+        const float* sums = nullptr;
+        const i64* at = nullptr;
+        i64 n = 0, panel = 0;
+    } last;
+    int turn = 0;
     for (i64 m = 0; m < count; m += kPair) {
         const i64 n = min_of(kPair, count - m);
-        i64 at[kPair];
-        for (i64 i = 0; i < n; ++i) at[i] = next();
+        i64* const here = at[m / kPair % 2];
+        for (i64 i = 0; i < n; ++i) here[i] = next();
         const u16* x[kOperands];
         for (int i = 0; i < kOperands; ++i) x[i] = o[i].x + m * o[i].pitch;
         if (o[0].pitch != kDepth && n % kSide) {
             __builtin_memcpy(edge, x[0], n * o[0].pitch * sizeof(u16));
             x[0] = edge;
         }
-        for (i64 g = g0; g < g1; ++g) {
-            before(at, n, g);
+        for (i64 g = g0; g < g1; ++g, turn ^= 1) {
+            before(here, n, g);
             t.zero<0>();
             t.zero<1>();
             t.zero<2>();
@@ -125,16 +134,18 @@ FR_INLINE void blocks(Tiles& t, Sums& sums, const Operand (&o)[kOperands], i64 c
             for (int i = 0; i < kOperands; ++i)
                 two ? accumulate<true, kHalves<T>>(t, o[i], x[i], g, first)
                     : accumulate<false, kHalves<T>>(t, o[i], x[i], g, first);
-            float* out = sums.block[g % 2];
+            if (last.sums) done(last.sums, last.at, last.n, last.panel);
+            float* out = sums.block[turn];
             t.store<0>(out, kRow);
             t.store<1>(out + kSide, kRow);
             if (two) {
                 t.store<2>(out + kSide * kPair, kRow);
                 t.store<3>(out + kSide * kPair + kSide, kRow);
             }
-            done(out, at, n, g);
+            last = {out, here, n, g};
         }
     }
+    if (last.sums) done(last.sums, last.at, last.n, last.panel);
 }
 
 // ---- halves
