@@ -140,8 +140,9 @@ class Winograd {
                 for (i64 t = s_.tiles * share / shares; t < end; t += most_) {
                     const i64 count = min_of(most_, end - t);
                     transform(t, count, v);
-                    for (i64 p = s_.panels * part / parts; p < s_.panels * (part + 1) / parts; ++p) {
-                        multiply(count, p, v, v + s_.kAll * element_);
+                    const i64 p0 = s_.panels * part / parts;
+                    for (i64 p = p0; p < s_.panels * (part + 1) / parts; ++p) {
+                        multiply(count, p, p == p0, v, v + s_.kAll * element_);
                         restore(t, count, p, v + s_.kAll * element_);
                     }
                 }
@@ -202,14 +203,18 @@ class Winograd {
         }
     }
 
-    void multiply(i64 count, i64 panel, const float* v, float* sums) const {
+    void multiply(i64 count, i64 panel, bool cold, const float* v, float* sums) const {
         static const i64 none[1] = {0};
         const int last = int(s_.channels - (s_.blocks - 1) * kBlock);
-        const TileInput in{none, 1, s_.blocks, most_ * kBlock, last};
-        const i64 groups = ceil_div(count, kPixels);
+        TileInput in{none, 1, s_.blocks, most_ * kBlock, last};
+        const i64 groups = ceil_div(count, kPixels), slab = s_.channels * kPanel;
         for (int e = 0; e < s_.kAll; ++e) {
-            const float* w = w_ + (panel * s_.kAll + e) * s_.channels * kPanel;
+            const float* w = w_ + (panel * s_.kAll + e) * slab;
             for (i64 g = 0; g < groups; ++g) {
+                // The next element's weights come while this one's are used, evenly.
+                const bool own = groups == 1 || (cold && e == 0 && g == 0);
+                in.ahead = own ? w + kAhead : w + slab + slab * g / groups / kLine * kLine;
+                in.lines = own ? kOwnLines : int(ceil_div(kOwnLines, groups));
                 const i64 t0 = count * g / groups, t1 = count * (g + 1) / groups;
                 const float* a = v + e * element_ + t0 * kBlock;
                 AllTiles::one(t1 - t0)(in, a, a, w, sums + e * sums_ + t0 * kPanel, kPanel);

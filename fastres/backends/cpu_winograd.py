@@ -49,7 +49,7 @@ def pack(w: Tensor, out: int) -> Tensor:
     if out not in OUTS:
         raise ValueError(f"pack: out: got {out}, expected 2 or 4")
     sizes = _sizes(1, 3, 3, w.shape[1], w.shape[0], (0, 0))
-    packed = torch.empty(cpu._require().winograd_packed_floats(sizes, out))
+    packed = cpu_conv.floats(cpu._require().winograd_packed_floats(sizes, out))
     cpu._require().winograd_pack(*cpu_conv.weight_address(w), sizes, out, packed.data_ptr(), torch.get_num_threads())
     return packed
 

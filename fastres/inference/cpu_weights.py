@@ -132,7 +132,7 @@ def gather(packed: list[Packed], isa: str) -> bool:
     if not held:
         return False
     starts = list(itertools.accumulate((-(-t.numel() // _LINE) * _LINE for *_, t in held), initial=0))
-    block = cpu.empty((1, 1, 1, starts[-1]), torch.float32).view(-1)
+    block = cpu_conv.floats(starts[-1])
     for (p, kind, t), start in zip(held, starts, strict=False):
         p.moved(isa, kind, block[start : start + t.numel()].copy_(t))
     return True
