@@ -302,7 +302,7 @@ void run(int dtype, const Direct& p, i64 threads) {
         const i64 rows = threads / parts;
         const double work = double(ceil_div(l.panels, parts)) * double(ceil_div(all_rows, rows));
         const double cost =
-            work * p.J * kPanel * p.n_taps * l.inputs + 32.0 * (double(x_bytes) * parts + double(w_bytes) * rows);
+            work * p.J * kPanel * p.n_taps * l.inputs + 32.0 * double(x_bytes) * parts + 8.0 * double(w_bytes) * rows;
         if (least < 0 || cost < least) least = cost, row_parts = rows, panel_parts = parts;
     }
 
