@@ -189,7 +189,7 @@ def fprop(x: Tensor, w: Tensor, g: Geometry, bias: Tensor | None = None, residua
 
 
 def floats(n: int) -> Tensor:
-    """Uninitialised float32 ``[n]``, in huge pages if large: a pass over weights in small ones waits for their tables."""
+    """Uninitialised float32 ``[n]``, in huge pages if large: a pass over small ones waits for page tables."""
     return cpu.empty((1, 1, 1, n), torch.float32).view(-1)
 
 

@@ -1,7 +1,7 @@
 """3x3 convolutions of stride 1 and 2 by Winograd's minimal filtering (``csrc/cpu/conv_winograd.cpp``).
 
-F(2x2, 3x3) takes 2.25, F(3x3, 3x3) 3.24 and F(4x4, 3x3) 4 times fewer products, with stride 2 F(2x2) 1.44 and F(4x4) 1.78
-times; in float32 for every dtype of activations.
+F(2x2, 3x3) takes 2.25, F(3x3, 3x3) 3.24 and F(4x4, 3x3) 4 times fewer products, with stride 2 F(2x2) 1.44 and F(4x4)
+1.78 times; in float32 for every dtype of activations.
 
 How many times as far from float64 as direct ones sums are: `csrc/cpu/winograd_points.h`. A. Lavin and S. Gray, "Fast
 Algorithms for Convolutional Neural Networks", CVPR 2016.
@@ -34,7 +34,12 @@ def why_not(x: Tensor, w: Tensor, geometry: Geometry) -> list[str]:
 def wins(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
     """Whether the kernels are faster than oneDNN's convolution: in float32, on 32 channels and more, they were
     in every layer of stride 1 measured, 1.4 to 3.2 times with AVX2 and 1.5 to 3 with AVX-512 (docs/perf-log.md)."""
-    usual = x.dtype == torch.float32 and min(w.shape[:2]) >= 32 and geometry[0] == (1, 1) and cpu.isa_or_none() in ("avx2", "avx512")
+    usual = (
+        x.dtype == torch.float32
+        and min(w.shape[:2]) >= 32
+        and geometry[0] == (1, 1)
+        and cpu.isa_or_none() in ("avx2", "avx512")
+    )
     return usual and not why_not(x, w, geometry)
 
 
@@ -63,9 +68,9 @@ def fprop(x: Tensor, packed: Tensor, K: int, padding: tuple[int, int], out: int,
           stride: int = 1) -> Tensor:  # fmt: skip
     """``act(conv(x, w) + bias + residual)``, ``[N, K, P, Q]`` in channels_last.
 
-    x ``[N, C, H, W]`` and residual: dense channels_last, float32, bfloat16 or float16; packed: `pack` of w, ``out`` and
-    ``stride`` under the instruction set in use; bias ``[K]`` float32; y, if given, is filled and returned. Raises TypeError /
-    ValueError naming the argument.
+    x ``[N, C, H, W]`` and residual: dense channels_last, float32, bfloat16 or float16; packed: `pack` of w, ``out``
+    and ``stride`` under the instruction set in use; bias ``[K]`` float32; y, if given, is filled and returned. Raises
+    TypeError / ValueError naming the argument.
     """
     N, C, H, W = x.shape
     sizes = _sizes(N, H, W, C, K, padding, stride)
