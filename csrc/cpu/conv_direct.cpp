@@ -319,7 +319,8 @@ void run(int dtype, const Direct& p, i64 threads) {
     strip = ceil_div(mine, ceil_div(mine, strip));
     const i64 images = strip / p.I + 2;
     const i64 strip_rows = strip * p.step_h + images * l.rows_of_taps;
-    const i64 strip_floats = (strip_rows * l.row_floats + kBlock) * l.blocks;
+    const i64 strip_floats =
+        scratch_pitch((strip_rows * l.row_floats + kBlock) * l.blocks * i64(sizeof(float))) / i64(sizeof(float));
     const Scratch strips(threads * strip_floats * sizeof(float)), rows(threads * strip * sizeof(Row));
 
     parallel(threads, row_parts * panel_parts, [&](i64 first, i64 last, int) {

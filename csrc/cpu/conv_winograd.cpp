@@ -91,7 +91,7 @@ class Winograd {
         // An odd number of lines from one element to the next: they would share few cache sets otherwise.
         element_ = (s_.blocks * most_ | 1) * kBlock;
         sums_ = (most_ * kPanel / kBlock | 1) * kBlock;
-        const i64 floats = s_.kAll * (element_ + sums_);
+        const i64 floats = scratch_pitch(s_.kAll * (element_ + sums_) * i64(sizeof(float))) / i64(sizeof(float));
         const Scratch scratch(threads * floats * sizeof(float));
         parallel(threads, shares * parts, [&](i64 first, i64 last, int) {
             for (i64 task = first; task < last; ++task) {
