@@ -24,8 +24,9 @@ SHAPES = [
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = cpu.available_isas() if cpu._module is not None else []
+KINDS = [(out, stride) for stride, outs in cpu_winograd.OUTS.items() for out in outs]
 #: How many times as far from float64 as direct sums of as many terms.
-SPREAD = {2: 2, 4: 4}
+SPREAD = {(2, 1): 2, (3, 1): 3, (4, 1): 4, (2, 2): 2, (4, 2): 2}
 
 
 @pytest.fixture(params=ISAS)
@@ -36,83 +37,97 @@ def isa(request):
     cpu.set_isa(before)
 
 
-def operands(shape, dtype=torch.float32, integers=False):
+def operands(shape, dtype=torch.float32, integers=False, stride=1):
     N, C, K, H, W, padding = shape
     make = (lambda *s: 4.0 * torch.randint(-3, 4, s)) if integers else torch.randn
-    out = N, K, H + 2 * padding[0] - 2, W + 2 * padding[1] - 2
+    out = N, K, *((n + 2 * p - 3) // stride + 1 for n, p in zip((H, W), padding, strict=True))
     x, residual = (make(*s).to(dtype).to(memory_format=CL) for s in ((N, C, H, W), out))
     return x, make(K, C, 3, 3), make(K), residual, padding
 
 
-def ours(out, x, w, bias, residual, padding, relu=False):
-    y = torch.full(residual.shape if residual is not None else _out(x, w, padding), float("nan"), dtype=x.dtype)
-    y = y.to(memory_format=CL)
-    return cpu_winograd.fprop(x, cpu_winograd.pack(w, out), len(w), padding, out, bias, residual, relu, y)
+def ours(kind, x, w, bias, residual, padding, relu=False):
+    (out, stride), dtype = kind, x.dtype
+    y = torch.full(truth(x, w, None, None, padding, stride=stride).shape, float("nan"), dtype=dtype)
+    packed, y = cpu_winograd.pack(w, out, stride), y.to(memory_format=CL)
+    return cpu_winograd.fprop(x, packed, len(w), padding, out, bias, residual, relu, y, stride)
 
 
-def _out(x, w, padding):
-    return x.shape[0], w.shape[0], x.shape[2] + 2 * padding[0] - 2, x.shape[3] + 2 * padding[1] - 2
-
-
-def truth(x, w, bias, residual, padding, relu=False):
-    y = F.conv2d(x.double(), w.double(), None if bias is None else bias.double(), padding=padding)
+def truth(x, w, bias, residual, padding, relu=False, stride=1):
+    y = F.conv2d(x.double(), w.double(), None if bias is None else bias.double(), stride, padding)
     y = y if residual is None else y + residual.double()
     return y.relu() if relu else y
 
 
-@pytest.mark.parametrize("out", cpu_winograd.OUTS)
-def test_values(isa, out):
+@pytest.mark.parametrize("kind", KINDS)
+def test_values(isa, kind):
     for shape in SHAPES:
         for dtype in DTYPES:
-            case = operands(shape, dtype)
-            expected = truth(*case)
-            got = ours(out, *case)
-            limit = SPREAD[out] * 4 * (9 * shape[1]) ** 0.5 * torch.finfo(torch.float32).eps
+            case = operands(shape, dtype, stride=kind[1])
+            expected = truth(*case, stride=kind[1])
+            got = ours(kind, *case)
+            limit = SPREAD[kind] * 4 * (9 * shape[1]) ** 0.5 * torch.finfo(torch.float32).eps
             error = (got.double() - expected).abs().max()
             assert error <= (limit + torch.finfo(dtype).eps / 2) * expected.abs().max(), f"{shape} {dtype}: {error}"
 
 
-def test_integers_are_exact_with_every_epilogue(isa):
+@pytest.mark.parametrize("stride", cpu_winograd.OUTS)
+def test_integers_are_exact_with_every_epilogue(isa, stride):
     """The 2x2 transforms halve twice at most: multiples of 4 stay integers."""
     for shape in SHAPES:
-        x, w, bias, residual, padding = operands(shape, integers=True)
+        x, w, bias, residual, padding = operands(shape, integers=True, stride=stride)
         for relu in (False, True):
             for b in (None, bias):
                 for r in (None, residual):
-                    got = ours(2, x, w, b, r, padding, relu)
-                    assert torch.equal(got.double(), truth(x, w, b, r, padding, relu)), (shape, relu)
+                    got = ours((2, stride), x, w, b, r, padding, relu)
+                    assert torch.equal(got.double(), truth(x, w, b, r, padding, relu, stride)), (shape, relu)
 
 
-@pytest.mark.parametrize("out", cpu_winograd.OUTS)
-def test_threads_do_not_matter_and_sums_go_where_the_residual_lies(isa, out):
-    threads = torch.get_num_threads()
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_of_a_layer_are_near_those_of_direct_sums(isa, kind):
+    x, w, _, _, padding = operands((1, 256, 64, 14, 14, (1, 1)), stride=kind[1])
+    x = x.relu()
+    expected = truth(x, w, None, None, padding, stride=kind[1])
+    usual = ((kind[1],) * 2, padding, (1, 1), 1)
+    direct = cpu_conv.fprop(x, w.contiguous(memory_format=CL), usual)
+    errors = [
+        float((y.double() - expected).norm() / expected.norm()) for y in (ours(kind, x, w, None, None, padding), direct)
+    ]
+    assert errors[0] <= {(4, 1): 3.0, (3, 1): 1.6}.get(kind, 1.3) * errors[1], errors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_do_not_matter_and_sums_go_where_the_residual_lies(isa, kind):
+    threads, (out, stride) = torch.get_num_threads(), kind
     for shape in SHAPES:
-        x, w, bias, residual, padding = operands(shape)
-        packed, results = cpu_winograd.pack(w, out), []
+        x, w, bias, residual, padding = operands(shape, stride=stride)
+        packed, results = cpu_winograd.pack(w, out, stride), []
         try:
             for n in (1, 2, 3, 4, 7):
                 torch.set_num_threads(n)
-                results.append(ours(out, x, w, bias, residual, padding, True))
+                results.append(ours(kind, x, w, bias, residual, padding, True))
                 place = residual.clone()
-                cpu_winograd.fprop(x, packed, len(w), padding, out, bias, place, True, place)
+                cpu_winograd.fprop(x, packed, len(w), padding, out, bias, place, True, place, stride)
                 results.append(place)
         finally:
             torch.set_num_threads(threads)
         assert all(torch.equal(results[0], r) for r in results[1:]), shape
 
 
-@pytest.mark.parametrize("out", cpu_winograd.OUTS)
-def test_a_pixel_reaches_its_neighbours_only(isa, out):
-    x, w, _, _, padding = operands((1, 16, 16, 11, 11, (1, 1)))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pixel_reaches_its_neighbours_only(isa, kind):
+    out, stride = kind
+    x, w, _, _, padding = operands((1, 16, 16, 11, 11, (1, 1)), stride=stride)
     x[:, :, 5, 6] = float("nan")
-    reached = ours(out, x, w, None, None, padding).isnan().all(1)[0]
-    spoiled = ours(out, x, w, None, None, padding).isnan().any(1)[0]
-    assert reached[4:7, 5:8].all() and torch.equal(reached, spoiled)
+    got = ours(kind, x, w, None, None, padding)
+    reached, spoiled = got.isnan().all(1)[0], got.isnan().any(1)[0]
+    assert torch.equal(reached, spoiled) and bool(
+        (reached | ~truth(x, w, None, None, padding, stride=stride).isnan().any(1)[0]).all()
+    )
     # A tile is made of sums of all of its input: a NaN is seen in no tile but those that read the pixel.
-    tiles = [(i, j) for i in range(0, 11, out) for j in range(0, 11, out)]
-    for i, j in tiles:
-        reads = i - 1 <= 5 <= i + out and j - 1 <= 6 <= j + out
-        assert bool(spoiled[i : i + out, j : j + out].any()) <= reads
+    for i in range(0, len(spoiled), out):
+        for j in range(0, len(spoiled), out):
+            reads = all(s <= p + 1 <= s + stride * (out - 1) + 2 for s, p in ((i * stride, 5), (j * stride, 6)))
+            assert bool(spoiled[i : i + out, j : j + out].any()) <= reads
 
 
 def test_what_cannot_be_served_says_why():
@@ -120,9 +135,18 @@ def test_what_cannot_be_served_says_why():
     usual = ((1, 1), (1, 1), (1, 1), 1)
     assert cpu_winograd.why_not(x, w, usual) == []
     assert "5 x 5 taps" in cpu_winograd.why_not(x, torch.empty(8, 8, 5, 5), usual)[0]
-    assert "stride (2, 2)" in cpu_winograd.why_not(x, w, ((2, 2), (1, 1), (1, 1), 1))[0]
+    assert cpu_winograd.why_not(x, w, ((2, 2), *usual[1:])) == []
+    for stride in ((2, 1), (3, 3)):
+        assert f"stride {stride}" in cpu_winograd.why_not(x, w, (stride, *usual[1:]))[0]
+    assert "dilation (2, 2)" in cpu_winograd.why_not(x, w, (*usual[:2], (2, 2), 1))[0]
     assert "2 groups" in cpu_winograd.why_not(x, torch.empty(8, 4, 3, 3), (*usual[:3], 2))[0]
-    for bad, what in (((w, 3), "out: got 3"), ((w.half(), 2), "w: got torch.float16"), ((w[:, :, :2], 2), "w: got")):
+    for bad, what in (
+        ((w, 5), "out: got 5"),
+        ((w, 3, 2), "out: got 3"),
+        ((w, 2, 3), "stride: got 3"),
+        ((w.half(), 2), "w: got torch.float16"),
+        ((w[:, :, :2], 2), "w: got"),
+    ):
         with pytest.raises(ValueError, match=what):
             cpu_winograd.pack(*bad)
     packed = cpu_winograd.pack(w, 4)

@@ -8,7 +8,9 @@
 namespace FASTRES_BACKEND {
 namespace {
 
-constexpr i64 kGroup = 8;  // panels that a tile of pixels passes over in a row
+// Panels that a tile of pixels passes over in a row, and the part of L2 their weights may take: few, or there is no
+// time to fetch the next ones in.
+constexpr i64 kGroup = 8, kGroupShare = 24;
 
 struct Layout : WeightsLayout {
     i64 row0, col0;           // the least tap offsets
@@ -127,13 +129,20 @@ class Worker {
     }
 
     void compute(i64 n_rows, i64 panel0, i64 panel1) {
-        const TileInput in{taps_, p_.n_taps, l_.in_blocks, block_, l_.last_width, L < kBlock ? L : block_};
-        const i64 fit = max_of(1, l2_bytes() / 3 / (l_.panel_floats * i64(sizeof(float)))), step = min_of(kGroup, fit);
+        TileInput in{taps_, p_.n_taps, l_.in_blocks, block_, l_.last_width, L < kBlock ? L : block_};
+        const i64 panel_bytes = l_.panel_floats * i64(sizeof(float));
+        const i64 fit = max_of(1, l2_bytes() / kGroupShare / panel_bytes), step = min_of(kGroup, fit);
+        const bool pairs = p_.J <= kWide && !p_.points;
+        const i64 passes = pairs ? ceil_div(n_rows, 2) : n_rows * ceil_div(p_.J, kPixels);
         const i64 tiles = ceil_div(panel1 - panel0, step) * n_rows * ceil_div(p_.J, kPixels);
         chunk_ = next_ ? ceil_div(end_ - next_, 64 * max_of(1, tiles)) : 0;
+        const bool resident = (panel1 - panel0) * panel_bytes <= l2_bytes() / 3;
         for (i64 g0 = panel0, g1; g0 < panel1; g0 = g1) {
             g1 = min_of(panel1, g0 + step);
-            if (p_.J <= kWide && !p_.points) {
+            coming(g1 < panel1 ? g1 : next_ && !resident ? panel0 : panel1, panel1, step, passes - !warm_, g1 - g0);
+            cold_ = warm_ ? 0 : g1 - g0;
+            warm_ = lines_ > 0 || (g1 == panel1 && resident);
+            if (pairs) {
                 for (i64 r = 0; r < n_rows; r += 2) {
                     const bool two = r + 1 < n_rows;
                     group(in, rows_[r], two ? &rows_[r + 1] : nullptr, 0, p_.J, g0, g1);
@@ -148,7 +157,28 @@ class Worker {
         }
     }
 
-    void group(const TileInput& in, const Row& r, const Row* second, i64 j0, i64 j1, i64 g0, i64 g1) {
+    // The weights of the panels from g on are to be fetched during some passes over a group of panels.
+    void coming(i64 g, i64 end, i64 step, i64 passes, i64 panels) {
+        ahead_ = w_ + g * l_.panel_floats;
+        ahead_end_ = w_ + min_of(end, g + step) * l_.panel_floats;
+        const i64 steps = l_.panel_floats / (kStep * kPanel) * passes * panels;
+        lines_ =
+            steps && ahead_ < ahead_end_ ? int(min_of(kOwnLines, ceil_div((ahead_end_ - ahead_) / kLine, steps))) : 0;
+    }
+
+    void fetch(TileInput& in, const float* w) {
+        if (cold_ > 0 || lines_ == 0) {
+            in.ahead = w + kAhead;
+            in.lines = kOwnLines;
+            --cold_;
+            return;
+        }
+        in.ahead = ahead_;
+        in.lines = lines_;
+        ahead_ += l_.panel_floats / (kStep * kPanel) * in.lines * kLine;
+    }
+
+    void group(TileInput& in, const Row& r, const Row* second, i64 j0, i64 j1, i64 g0, i64 g1) {
         const i64 m = j1 - j0;
         for (i64 i = 0; i < chunk_ && next_ < end_; ++i, next_ += 64) __builtin_prefetch(next_, 0, 2);
         const i64 y0 = r.out + j0 * p_.y_j, y1 = second ? second->out : 0;
@@ -158,6 +188,7 @@ class Worker {
             if (second)
                 for (i64 i = 0; i < m; ++i) own(y1 + i * p_.y_j + g * kPanel);
             const float* w = w_ + g * l_.panel_floats;
+            fetch(in, w);
             const i64 reads = l_.split ? g * kPanel : g * kPanel / l_.inputs * l_.inputs;  // the panel's first channel
             const i64 block = p_.groups > 1 ? reads / kBlock * block_ : 0;
             const float *a0 = r.in + j0 * kBlock + block, *a1 = second ? second->in + block : a0;
@@ -222,7 +253,10 @@ class Worker {
     float* const strip_;
     Row* const rows_;
     i64* const taps_;
-    i64 block_ = 0, chunk_ = 0;
+    i64 block_ = 0, chunk_ = 0, cold_ = 0;
+    bool warm_ = false;
+    const float *ahead_ = nullptr, *ahead_end_ = nullptr;
+    int lines_ = 0;
     const char *next_ = nullptr, *end_ = nullptr;
 };
 
@@ -268,7 +302,7 @@ void run(int dtype, const Direct& p, i64 threads) {
         const i64 rows = threads / parts;
         const double work = double(ceil_div(l.panels, parts)) * double(ceil_div(all_rows, rows));
         const double cost =
-            work * p.J * kPanel * p.n_taps * l.inputs + 32.0 * (double(x_bytes) * parts + double(w_bytes) * rows);
+            work * p.J * kPanel * p.n_taps * l.inputs + 32.0 * double(x_bytes) * parts + 8.0 * double(w_bytes) * rows;
         if (least < 0 || cost < least) least = cost, row_parts = rows, panel_parts = parts;
     }
 
@@ -285,7 +319,8 @@ void run(int dtype, const Direct& p, i64 threads) {
     strip = ceil_div(mine, ceil_div(mine, strip));
     const i64 images = strip / p.I + 2;
     const i64 strip_rows = strip * p.step_h + images * l.rows_of_taps;
-    const i64 strip_floats = (strip_rows * l.row_floats + kBlock) * l.blocks;
+    const i64 strip_floats =
+        scratch_pitch((strip_rows * l.row_floats + kBlock) * l.blocks * i64(sizeof(float))) / i64(sizeof(float));
     const Scratch strips(threads * strip_floats * sizeof(float)), rows(threads * strip * sizeof(Row));
 
     parallel(threads, row_parts * panel_parts, [&](i64 first, i64 last, int) {

@@ -35,11 +35,17 @@ struct TileInput {
     i64 blocks, block_size;  // channel blocks and the floats between two of them
     int last_width;          // channels in the last block, a multiple of kStep
     i64 second = 0;          // of a split panel
+    // What to fetch from far meanwhile, and how many lines of it with every kStep channels.
+    const float* ahead = nullptr;
+    int lines = 0;
 };
 
-constexpr int kStep = 4;  // channels between two tests of the loop
-// Weights are fetched so many floats ahead: the hardware alone leaves a stream from L3 at half of its rate.
+constexpr int kStep = 4;   // channels between two tests of the loop
+constexpr int kLine = 16;  // floats
+// A tile that meets its weights for the first time fetches them so many floats ahead: the hardware alone leaves a
+// stream from L3 at half of its rate.
 constexpr i64 kAhead = 96 * kPanel;
+constexpr int kOwnLines = kStep * kPanel / kLine;
 
 // s [M0 + M1][2]: M0 pixels from a0 on, then M1 pixels from a1 on. kPitch: floats from one pixel to the next. kSplit:
 // the second half of the panel reads channels of its own, in.second floats further, and M1 is 0.
@@ -48,16 +54,19 @@ FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1,
     constexpr int M = M0 + M1;
 #pragma GCC unroll 14
     for (int i = 0; i < M; ++i) s[i][0] = s[i][1] = vf{};
+    const float* ahead = in.ahead;
+    const i64 further = in.lines * kLine;
     for (i64 b = 0; b < in.blocks; ++b, a0 += in.block_size, a1 += in.block_size) {
         const int width = b + 1 < in.blocks ? kBlock : in.last_width;
         for (int t = 0; t < in.n_taps; ++t) {
             const float *p0 = a0 + in.taps[t], *p1 = a1 + in.taps[t];
-            for (int c = 0; c < width; c += kUnroll, p0 += kUnroll, p1 += kUnroll, w += kUnroll * kPanel) {
+            for (int c = 0; c < width;
+                 c += kUnroll, p0 += kUnroll, p1 += kUnroll, w += kUnroll * kPanel, ahead += further) {
 #pragma GCC unroll 4
                 for (int u = 0; u < kUnroll; ++u) {
                     const vf w0 = load(w + u * kPanel), w1 = load(w + u * kPanel + L);
-                    __builtin_prefetch(w + u * kPanel + kAhead, 0, 2);
-                    if (kPanel * sizeof(float) > 64) __builtin_prefetch(w + u * kPanel + L + kAhead, 0, 2);
+                    __builtin_prefetch(ahead + u * kPanel, 0, 2);
+                    if (kPanel * sizeof(float) > 64) __builtin_prefetch(ahead + u * kPanel + L, 0, 2);
 #pragma GCC unroll 14
                     for (int i = 0; i < M; ++i) {
                         const vf v = splat(i < M0 ? p0 + i * kPitch + u : p1 + (i - M0) * kPitch + u);

@@ -68,6 +68,8 @@ i64 l2_bytes() {
     return bytes;
 }
 
+i64 scratch_pitch(i64 bytes) { return (bytes + l2_bytes() - 1) / l2_bytes() * l2_bytes(); }
+
 void prefer_huge_pages(std::uintptr_t address, std::size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const std::uintptr_t page = 4096, first = (address + page - 1) / page * page,

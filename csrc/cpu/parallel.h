@@ -20,6 +20,10 @@ bool has_openmp();
 // Bytes of the cache that a core has to itself; 512 KiB where the system does not tell.
 i64 l2_bytes();
 
+// From one thread's part of scratch memory to the next one's: so large that, from one kernel to the next, a thread
+// writes where it wrote before. It would find those lines in another core's cache otherwise.
+i64 scratch_pitch(i64 bytes);
+
 // Asks for huge pages in place of the small ones that lie wholly inside; advice, no more.
 void prefer_huge_pages(std::uintptr_t address, std::size_t bytes);
 

@@ -188,12 +188,17 @@ def fprop(x: Tensor, w: Tensor, g: Geometry, bias: Tensor | None = None, residua
     return y
 
 
+def floats(n: int) -> Tensor:
+    """Uninitialised float32 ``[n]``, in huge pages if large: a pass over small ones waits for page tables."""
+    return cpu.empty((1, 1, 1, n), torch.float32).view(-1)
+
+
 def pack(w: Tensor, groups: int = 1) -> Tensor:
     """The weight ``[K, C / groups, R, S]`` as :func:`fprop` reads it, for the instruction set in use: dense float32."""
     K, C, R, S = w.shape[0], w.shape[1] * groups, *w.shape[2:]
     problem("pack", (1, C, R, S), w, ((1, 1), (0, 0), (1, 1), groups), w.dtype, packed=True)
     fields = (1, R, S, C, K, 1, 1, R, S, 1, 1, 0, 0, 1, 1, groups)
-    packed = torch.empty(cpu._require().conv_packed_floats(fields))
+    packed = floats(cpu._require().conv_packed_floats(fields))
     cpu._require().conv_pack(
         DTYPE_CODE[w.dtype], *weight_address(w), fields, packed.data_ptr(), torch.get_num_threads()
     )

@@ -80,7 +80,7 @@ class Packed:
                     pack = cpu_matrix.pack_stem if self.stem else cpu_matrix.pack
                     found = pack(self.weight, torch.bfloat16 if kind == -1 else torch.float32)
                 else:
-                    found = cpu_winograd.pack(self.weight, kind)
+                    found = cpu_winograd.pack(self.weight, kind, self.conv.stride[0])
             self._held[isa, kind] = found
         return found
 
@@ -111,7 +111,7 @@ class Packed:
         x = torch.empty(1, dtype=dtype).expand(1, self.conv.inputs, 16, 16)
         fast = precision != "exact" and not cpu_winograd.why_not(x, w, self.conv.geometry)
         unit = matrix(dtype, precision) if self.conv.groups == 1 else ()
-        return (DIRECT, *(cpu_winograd.OUTS if fast else ()), *unit)
+        return (DIRECT, *(cpu_winograd.OUTS[self.conv.stride[0]] if fast else ()), *unit)
 
     def error(self, out: int) -> float:
         """How far Winograd's tile ``out`` is from float64 on random pixels, relative, in float32."""
@@ -119,7 +119,8 @@ class Packed:
         x = x.relu_().contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(False), torch.no_grad():
             truth = torch.nn.functional.conv2d(x.double(), self.weight.double(), None, *self.conv.geometry)
-            found = cpu_winograd.fprop(x, self.get(cpu.isa(), out), len(self.bias), self.conv.padding, out)
+            packed, stride = self.get(cpu.isa(), out), self.conv.stride[0]
+            found = cpu_winograd.fprop(x, packed, len(self.bias), self.conv.padding, out, stride=stride)
             return float((found.double() - truth).norm() / truth.norm().clamp(min=1e-300))
 
 
@@ -132,7 +133,7 @@ def gather(packed: list[Packed], isa: str) -> bool:
     if not held:
         return False
     starts = list(itertools.accumulate((-(-t.numel() // _LINE) * _LINE for *_, t in held), initial=0))
-    block = cpu.empty((1, 1, 1, starts[-1]), torch.float32).view(-1)
+    block = cpu_conv.floats(starts[-1])
     for (p, kind, t), start in zip(held, starts, strict=False):
         p.moved(isa, kind, block[start : start + t.numel()].copy_(t))
     return True

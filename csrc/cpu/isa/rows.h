@@ -8,6 +8,7 @@ namespace {
 
 using cpu_runtime::l2_bytes;
 using cpu_runtime::Scratch;
+using cpu_runtime::scratch_pitch;
 
 template <auto N>
 struct Constant {
