@@ -15,20 +15,6 @@ constexpr int kPixels = L == 16 ? 14 : 6;  // 2*kPixels sums in 32 (AVX-512) or 
 constexpr int kWide = kPixels / 2;         // pixels of each row, where a tile takes two
 constexpr i64 kSums = kPixels * i64(kPanel);
 
-FR_INLINE vf splat(const float* p) {
-#if defined(__AVX512F__)
-    vf v = (vf)_mm512_set1_ps(*p);
-    asm("" : "+v"(v));  // or it becomes a memory operand of both products, and loads are the limit
-    return v;
-#elif defined(__AVX2__) && FASTRES_WIDTH == 8
-    return (vf)_mm256_set1_ps(*p);
-#else
-    vf v;
-    for (int i = 0; i < L; ++i) v[i] = *p;
-    return v;
-#endif
-}
-
 struct TileInput {
     const i64* taps;  // where a tap's pixel lies, in floats from the pixel of the first tap
     int n_taps;
