@@ -161,8 +161,7 @@ struct Layout {
     i64 width, copies, vectors, vector_floats;  // of a group; of a row; of all outputs; weights of one
     i64 stride;                                 // of the tile
     i64 tiles, part;                            // of a row of y; of a part of it, for which the buffer holds x
-    i64 reach, kept;                            // rows of x that a row of y reaches over; that the buffer holds
-    i64 plane, row_floats;                      // pixels and floats of one
+    i64 reach, plane, row_floats;               // rows that a row of y reaches over; pixels and floats of one
     explicit Layout(const ConvShape& g)
         : width(g.C / g.groups),
           copies(operand_of(width) == Operand::kPair ? width / 2 : 1),
@@ -170,9 +169,8 @@ struct Layout {
           vector_floats(g.R * g.S * width * L),
           stride(g.S == 3 && g.dilation_w == 1 && g.stride_w <= 2 ? g.stride_w : 0),
           tiles(ceil_div(g.Q, kMost)),
-          reach((g.R - 1) * g.dilation_h + 1),
-          kept(reach + g.stride_h) {
-        const i64 fit = kBuffer / (kept * copies * L * i64(sizeof(float)) * kMost * g.stride_w);
+          reach((g.R - 1) * g.dilation_h + 1) {
+        const i64 fit = kBuffer / (reach * copies * L * i64(sizeof(float)) * kMost * g.stride_w);
         part = ceil_div(tiles, ceil_div(tiles, min_of(kMostTiles, max_of(1, fit))));
         plane = (part * kMost - 1) * g.stride_w + (g.S - 1) * g.dilation_w + 1;
         row_floats = copies * plane * L;
@@ -185,7 +183,7 @@ class Worker {
     Worker(const ConvShape& g, const Layout& l, const T* x, const float* w, const float* bias, const T* residual,
            bool relu, T* y, float* buffer)
         : g_(g), l_(l), x_(x), w_(w), bias_(bias), residual_(residual), relu_(relu), y_(y), buffer_(buffer) {
-        for (i64 i = 0; i < (l.kept + 1) * l.row_floats; i += L) store(buffer + i, vf{});
+        for (i64 i = 0; i < (l.reach + 1) * l.row_floats; i += L) store(buffer + i, vf{});
     }
 
     // Rows [first, last) of the N*P rows of y, vectors [vector0, vector1), `band` rows at a time.
@@ -200,59 +198,45 @@ class Worker {
     }
 
   private:
-    // A tile of each row, and the columns of the buffer that are laid out after it.
+    // A tile of each row.
     struct Cut {
         Tile<T> tile;
         i64 j0, m;
-        i64 c0, first, last, c1;  // those outside [first, last) lie beside the image
     };
 
-    // Rows [i0, i1) of an image, tiles [t0, t1) of each. Rows of x are laid out while those before are worked on, and
-    // lines are on their way a tile ahead: those of a row would not fit the few sets of L1 that they share.
+    // Rows [i0, i1) of an image, tiles [t0, t1) of each.
     void rows(i64 n, i64 i0, i64 i1, i64 t0, i64 t1, i64 v) {
-        const i64 tiles = t1 - t0, left = g_.Q * t0 / l_.tiles, width = g_.Q * t1 / l_.tiles - left;
-        const i64 columns = (width - 1) * g_.stride_w + (g_.S - 1) * g_.dilation_w + 1;
-        const i64 w0 = left * g_.stride_w - g_.pad_w;
+        const i64 tiles = t1 - t0, left = g_.Q * t0 / l_.tiles;
         Cut cuts[kMostTiles];
         for (i64 t = 0; t < tiles; ++t) {
-            Cut& c = cuts[t];
-            c.j0 = g_.Q * (t0 + t) / l_.tiles, c.m = g_.Q * (t0 + t + 1) / l_.tiles - c.j0;
-            c.tile = pick(c.m);
-            c.c0 = columns * t / tiles, c.c1 = columns * (t + 1) / tiles;
-            c.first = min_of(c.c1, max_of(c.c0, -w0)), c.last = max_of(c.first, min_of(c.c1, g_.W - w0));
+            const i64 j0 = g_.Q * (t0 + t) / l_.tiles, m = g_.Q * (t0 + t + 1) / l_.tiles - j0;
+            cuts[t] = {pick(m), j0, m};
         }
+        const i64 width = cuts[tiles - 1].j0 + cuts[tiles - 1].m - left, w0 = left * g_.stride_w - g_.pad_w;
+        const i64 columns = (width - 1) * g_.stride_w + (g_.S - 1) * g_.dilation_w + 1;
         const float* in_rows[kMaxTaps];
         const Input in{in_rows, g_.R, g_.S, l_.copies, l_.plane * L, g_.stride_w * L, g_.dilation_w * L};
         const float* w = w_ + v * l_.vector_floats;
         const T* const x = x_ + (n * g_.H * g_.W + w0) * g_.C + v * L;
         T* y = y_ + ((n * g_.P + i0) * g_.Q) * g_.K + v * L;
         Output<T> to{y, nullptr, g_.K, bias_ ? load(bias_ + v * L) : vf{}, relu_ ? vf{} : vf{} - __builtin_inff(), 0};
-        const auto slot = [&](i64 h) { return buffer_ + h % l_.kept * l_.row_floats; };
 
-        i64 h0 = i0 * g_.stride_h - g_.pad_h;
-        for (i64 h = max_of(0, h0); h < min_of(g_.H, h0 + l_.reach); ++h)
-            for (i64 t = 0; t < tiles; ++t) put(x + h * g_.W * g_.C, slot(h), cuts[t]);
+        i64 h0 = i0 * g_.stride_h - g_.pad_h, filled = h0;
         for (i64 i = i0; i < i1; ++i, h0 += g_.stride_h, y += g_.Q * g_.K) {
+            for (filled = max_of(filled, h0); filled < h0 + l_.reach; ++filled)
+                if (filled >= 0 && filled < g_.H)
+                    fill(x + filled * g_.W * g_.C, w0, columns, buffer_ + filled % l_.reach * l_.row_floats);
             for (i64 r = 0; r < g_.R; ++r) {
                 const i64 h = h0 + r * g_.dilation_h;
-                in_rows[r] = h >= 0 && h < g_.H ? slot(h) : buffer_ + l_.kept * l_.row_floats;
+                in_rows[r] = buffer_ + (h >= 0 && h < g_.H ? h % l_.reach : l_.reach) * l_.row_floats;
             }
-            // The rows of x that only the next row of y reads.
-            const i64 next = max_of(0, h0 + max_of(g_.stride_h, l_.reach));
-            const i64 end = i + 1 < i1 ? min_of(g_.H, h0 + g_.stride_h + l_.reach) : next;
             for (i64 t = 0; t < tiles; ++t) {
                 const Cut& c = cuts[t];
-                const Cut& after = t + 1 < tiles ? cuts[t + 1] : cuts[0];
-                T* const y_after = y + (after.j0 + (t + 1 < tiles ? 0 : g_.Q)) * g_.K;
-                for (i64 j = 0; j < after.m; ++j) __builtin_prefetch(y_after + j * g_.K, 1, 3);
-                for (i64 h = t + 1 < tiles ? next : end; h < end; ++h)
-                    for (i64 k = after.first; k < after.last; ++k)
-                        __builtin_prefetch(x + (h * g_.W + k) * g_.C, 0, 3);
-                fetch_ahead();
                 to.y = y + c.j0 * g_.K, to.m = int(c.m);
                 if (residual_) to.residual = residual_ + (to.y - y_);
+                for (i64 j = 0; j < c.m; ++j) __builtin_prefetch(to.y + j * g_.K, 1, 3);
+                fetch_ahead();
                 c.tile(in, (c.j0 - left) * in.step, w, to);
-                for (i64 h = next; h < end; ++h) put(x + h * g_.W * g_.C, slot(h), c);
             }
         }
     }
@@ -268,12 +252,14 @@ class Worker {
         }
     }
 
-    void put(const T* from, float* to, const Cut& cut) const {
+    // `columns` pixels from w0 on, zero outside the image.
+    void fill(const T* from, i64 w0, i64 columns, float* to) const {
+        const i64 first = min_of(columns, max_of(0, -w0)), last = max_of(first, min_of(columns, g_.W - w0));
         const auto all = [&](auto copies) {
             const i64 copy = l_.plane * L, C = g_.C;
-            for (i64 c = cut.c0; c < cut.first; ++c) spread<copies.value>(to + c * L, copy, vf{});
-            for (i64 c = cut.first; c < cut.last; ++c) spread<copies.value>(to + c * L, copy, load(from + c * C));
-            for (i64 c = cut.last; c < cut.c1; ++c) spread<copies.value>(to + c * L, copy, vf{});
+            for (i64 c = 0; c < first; ++c) spread<copies.value>(to + c * L, copy, vf{});
+            for (i64 c = first; c < last; ++c) spread<copies.value>(to + c * L, copy, load(from + c * C));
+            for (i64 c = last; c < columns; ++c) spread<copies.value>(to + c * L, copy, vf{});
         };
         if (l_.copies == 1)
             all(Constant<1>());
@@ -338,7 +324,7 @@ void run(const ConvShape& g, const T* x, const float* w, const float* bias, cons
     const i64 row_bytes = (g.W * g.stride_h + g.Q) * ceil_div(l.vectors, parts) * L * i64(sizeof(T));
     const i64 mine = ceil_div(all_rows, shares), band = max_of(1, min_of(mine, l2_bytes() / 4 / max_of(1, row_bytes)));
     const i64 even = ceil_div(mine, ceil_div(mine, band));
-    const i64 buffer_floats = (l.kept + 1) * l.row_floats;
+    const i64 buffer_floats = (l.reach + 1) * l.row_floats;
     const Scratch buffers(threads * buffer_floats * sizeof(float));
     parallel(threads, shares * parts, [&](i64 first, i64 last, int) {
         for (i64 task = first; task < last; ++task) {
