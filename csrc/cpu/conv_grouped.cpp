@@ -1,10 +1,11 @@
 // Narrow groups without wasted products: a vector of L outputs is L / width groups, and every product is one of L
 // weights with L values of x, lane by lane.
 //
-// Operand c of a pixel has in lane k the channel channel_of(c, k) of the lane's own group. With channels taken in pairs,
-// an operand is the even or the odd lanes of x, doubled, which a load does on its way; for the pairs to meet all others
-// of their group, x lies in a row buffer in width / 2 copies whose pairs are exchanged. The buffer holds the rows that
-// a row of y reads, of one vector, in L1. A sum is held in a register over all taps, an operand over the taps of a row.
+// Operand c of a pixel has in lane k the channel channel_of(c, k) of the lane's own group. With channels taken in
+// pairs, an operand is the even or the odd lanes of x, doubled, which a load does on its way; for the pairs to meet all
+// others of their group, x lies in a row buffer in width / 2 copies whose pairs are exchanged. The buffer holds the
+// rows that a row of y reads, of one vector, in L1. A sum is held in a register over all taps, an operand over the taps
+// of a row.
 #include "cpu/conv_grouped.h"
 
 #include "cpu/conv_direct.h"
@@ -13,15 +14,13 @@
 namespace FASTRES_BACKEND {
 namespace {
 
-constexpr i64 kMostTiles = 8;            // of a row of y whose rows of x the buffer holds
+constexpr i64 kMostTiles = 8;             // of a row of y whose rows of x the buffer holds
 constexpr i64 kBuffer = 24 << 10;         // bytes of L1 for the buffer
 constexpr int kMost = L == 16 ? 14 : 10;  // pixels of a tile
 
 enum class Operand { kPlain, kPair, kSplat };  // of groups of one channel, of fewer than L, of L
 
-Operand operand_of(i64 width) {
-    return width == 1 ? Operand::kPlain : width == L ? Operand::kSplat : Operand::kPair;
-}
+Operand operand_of(i64 width) { return width == 1 ? Operand::kPlain : width == L ? Operand::kSplat : Operand::kPair; }
 // Of the lanes of x, for output lane k.
 int channel_of(Operand kind, int c, int k) {
     return kind == Operand::kPlain ? k : kind == Operand::kSplat ? c : ((k / 2) ^ (c / 2)) * 2 + c % 2;
@@ -60,9 +59,9 @@ FR_INLINE vf exchanged(vf v) {
 }
 
 struct Input {
-    const float* const* rows;     // the first pixel of each row of taps
+    const float* const* rows;  // the first pixel of each row of taps
     i64 R, S, copies;
-    i64 copy, step, dilation;     // floats between copies of a row, pixels of a row, taps
+    i64 copy, step, dilation;  // floats between copies of a row, pixels of a row, taps
 };
 
 template <class T>
@@ -71,7 +70,7 @@ struct Output {
     const T* residual;  // or null
     i64 pitch;          // from one pixel to the next
     vf bias, floor;
-    int m;              // pixels that exist
+    int m;  // pixels that exist
 };
 
 template <Operand kKind, int kAt>

@@ -20,16 +20,14 @@ struct TileInput {
     int n_taps;
     i64 blocks, block_size;  // channel blocks and the floats between two of them
     int last_width;          // channels in the last block, a multiple of kStep
-    i64 second = 0;          // of a split panel
 };
 
 constexpr int kStep = 4;  // channels between two tests of the loop
 // Weights are fetched so many floats ahead: the hardware alone leaves a stream from L3 at half of its rate.
 constexpr i64 kAhead = 96 * kPanel;
 
-// s [M0 + M1][2]: M0 pixels from a0 on, then M1 pixels from a1 on. kPitch: floats from one pixel to the next. kSplit:
-// the second half of the panel reads channels of its own, in.second floats further, and M1 is 0.
-template <int M0, int M1, int kPitch, int kUnroll, bool kSplit = false>
+// s [M0 + M1][2]: M0 pixels from a0 on, then M1 pixels from a1 on. kPitch: floats from one pixel to the next.
+template <int M0, int M1, int kPitch, int kUnroll>
 FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1, const float* w, vf (&s)[M0 + M1][2]) {
     constexpr int M = M0 + M1;
 #pragma GCC unroll 14
@@ -48,7 +46,7 @@ FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1,
                     for (int i = 0; i < M; ++i) {
                         const vf v = splat(i < M0 ? p0 + i * kPitch + u : p1 + (i - M0) * kPitch + u);
                         s[i][0] = fma(v, w0, s[i][0]);
-                        s[i][1] = fma(kSplit ? splat(p0 + in.second + i * kPitch + u) : v, w1, s[i][1]);
+                        s[i][1] = fma(v, w1, s[i][1]);
                     }
                 }
             }
@@ -57,10 +55,10 @@ FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1,
 }
 
 // The sums as they are, [M0 + M1] rows of kPanel.
-template <int M0, int M1, int kPitch = kBlock, int kUnroll = kStep, bool kSplit = false>
+template <int M0, int M1, int kPitch = kBlock, int kUnroll = kStep>
 void tile(const TileInput& in, const float* a0, const float* a1, const float* w, float* sums, i64 pitch) {
     vf s[M0 + M1][2];
-    accumulate<M0, M1, kPitch, kUnroll, kSplit>(in, a0, a1, w, s);
+    accumulate<M0, M1, kPitch, kUnroll>(in, a0, a1, w, s);
 #pragma GCC unroll 14
     for (int i = 0; i < M0 + M1; ++i) {
         store(sums + i * pitch, s[i][0]);
@@ -112,10 +110,6 @@ struct Tiles {
     template <int kPitch, int kUnroll>
     static TileFunction dense(i64 m) {
         static constexpr TileFunction f[] = {tile<M + 1, 0, kPitch, kUnroll>...};
-        return f[m - 1];
-    }
-    static TileFunction split(i64 m) {
-        static constexpr TileFunction f[] = {tile<M + 1, 0, kBlock, kStep, true>...};
         return f[m - 1];
     }
     template <class T>
