@@ -129,7 +129,7 @@ class Worker {
     }
 
     void compute(i64 n_rows, i64 panel0, i64 panel1) {
-        TileInput in{taps_, p_.n_taps, l_.in_blocks, block_, l_.last_width, L < kBlock ? L : block_};
+        TileInput in{taps_, p_.n_taps, l_.in_blocks, block_, l_.last_width};
         const i64 panel_bytes = l_.panel_floats * i64(sizeof(float));
         const i64 fit = max_of(1, l2_bytes() / kGroupShare / panel_bytes), step = min_of(kGroup, fit);
         const bool pairs = p_.J <= kWide && !p_.points;
@@ -189,11 +189,11 @@ class Worker {
                 for (i64 i = 0; i < m; ++i) own(y1 + i * p_.y_j + g * kPanel);
             const float* w = w_ + g * l_.panel_floats;
             fetch(in, w);
-            const i64 reads = l_.split ? g * kPanel : g * kPanel / l_.inputs * l_.inputs;  // the panel's first channel
+            const i64 reads = g * kPanel / l_.inputs * l_.inputs;  // the panel's first channel
             const i64 block = p_.groups > 1 ? reads / kBlock * block_ : 0;
             const float *a0 = r.in + j0 * kBlock + block, *a1 = second ? second->in + block : a0;
             const i64 k = g * kPanel;
-            if (k + kPanel <= p_.K && !l_.split) {
+            if (k + kPanel <= p_.K) {
                 T* const y = static_cast<T*>(p_.y) + k;
                 const T* const res = p_.residual ? static_cast<const T*>(p_.residual) + k : nullptr;
                 const TileOutput<T> out{y + y0,
@@ -207,14 +207,6 @@ class Worker {
                 continue;
             }
             alignas(64) float sums[kSums];
-            if (l_.split) {
-                AllTiles::split(m)(in, a0, a0, w, sums, kPanel);
-                write(sums, y0, m, k);
-                if (!second) continue;
-                AllTiles::split(m)(in, a1, a1, w, sums, kPanel);
-                write(sums, y1, m, k);
-                continue;
-            }
             (second ? AllTiles::two(m) : AllTiles::one(m))(in, a0, a1, w, sums, kPanel);
             write(sums, y0, m, k);
             if (second) write(sums + m * kPanel, y1, m, k);
@@ -227,7 +219,7 @@ class Worker {
         if (kPanel * sizeof(T) > 64) __builtin_prefetch(y + 64, 1, 3);
     }
 
-    // The last panel, of fewer channels, and split ones.
+    // The last panel, of fewer channels.
     void write(const float* sums, i64 out, i64 m, i64 k0) {
         T* y = static_cast<T*>(p_.y) + out;
         const T* r = p_.residual ? static_cast<const T*>(p_.residual) + out : nullptr;

@@ -12,7 +12,7 @@ constexpr int kMaxTaps = 121;
 
 struct Direct {
     i64 N, H, W, C, I, J, K;
-    i64 groups;  // 0 or 1: none; more, with packed weights: conv_groups holds
+    i64 groups;  // 0 or 1: none; more, with packed weights: each of whole panels
     i64 step_h, step_w;
     int n_taps;
     i64 dr[kMaxTaps], dc[kMaxTaps];
@@ -32,8 +32,7 @@ struct Direct {
 
 struct WeightsLayout {
     i64 blocks, panels, panel_floats;  // of the input channels, of the output channels, floats of one of these
-    i64 inputs, in_blocks;             // channels that a panel reads, or half of it if split, and their blocks
-    bool split;
+    i64 inputs, in_blocks;             // channels that a panel reads, and their blocks
     int last_width;  // channels of the last of in_blocks
 };
 WeightsLayout weights_layout(const Direct& problem);

@@ -3,6 +3,7 @@
 
 #include "cpu/conv.h"
 #include "cpu/conv_direct.h"
+#include "cpu/conv_grouped.h"
 #include "cpu/conv_tile.h"
 
 namespace FASTRES_BACKEND {
@@ -27,6 +28,7 @@ i64 floor_mod(i64 a, i64 b) { return (a % b + b) % b; }
 
 i64 conv_packed_floats(const ConvShape& g) {
     check(g);
+    if (grouped_serves(g)) return grouped_packed_floats(g);
     Direct p{};
     p.C = g.C, p.K = g.K, p.groups = g.groups, p.n_taps = int(g.R * g.S);
     return packed_floats(p);
@@ -40,6 +42,7 @@ i64 conv_groups(i64 C, i64 K, i64 groups) {
 
 void conv_pack(int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, float* packed, i64 ctx) {
     check(g);
+    if (grouped_serves(g)) return grouped_pack(dtype, w, w_k, w_c, w_tap, g, packed, ctx);
     Direct p{};
     p.C = g.C, p.K = g.K, p.groups = g.groups, p.w = w, p.w_out = w_k, p.w_in = w_c;
     for (; p.n_taps < g.R * g.S; ++p.n_taps) p.w_tap[p.n_taps] = p.n_taps * w_tap;
@@ -49,6 +52,7 @@ void conv_pack(int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const Conv
 void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w_tap, const float* packed,
                 const ConvShape& g, const float* bias, const void* residual, int relu, void* y, i64 ctx) {
     check(g);
+    if (grouped_serves(g)) return grouped_fprop(dtype, x, packed, g, bias, residual, relu != 0, y, ctx);
     Direct p{};
     p.N = g.N, p.H = g.H, p.W = g.W, p.C = g.C, p.I = g.P, p.J = g.Q, p.K = g.K;
     p.groups = g.groups, p.step_h = g.stride_h, p.step_w = g.stride_w;

@@ -8,9 +8,7 @@ WeightsLayout weights_layout(const Direct& p) {
     WeightsLayout l{};
     l.blocks = ceil_div(p.C, kBlock);
     l.panels = ceil_div(p.K, kPanel);
-    // Narrow groups are filled up with zeros to a square as wide as a vector.
-    l.split = p.groups > 1 && p.C / p.groups <= L;
-    l.inputs = l.split ? L : p.C / max_of(1, p.groups);
+    l.inputs = p.C / max_of(1, p.groups);
     l.in_blocks = ceil_div(l.inputs, kBlock);
     l.last_width = int(ceil_div(l.inputs - (l.in_blocks - 1) * kBlock, kStep) * kStep);
     l.panel_floats = ((l.in_blocks - 1) * kBlock + l.last_width) * p.n_taps * kPanel;
@@ -92,14 +90,12 @@ void pack_groups(const Direct& p, const WeightsLayout& l, float* to, i64 threads
     parallel(threads, l.panels, [&](i64 first, i64 last, int) {
         for (i64 panel = first; panel < last; ++panel) {
             float* out = to + panel * l.panel_floats;
-            __builtin_memset(out, 0, l.panel_floats * sizeof(float));
             for (i64 i = 0; i < kPanel; ++i) {
-                const i64 k = panel * kPanel + i, c0 = k / width * width % l.inputs;
+                const i64 k = panel * kPanel + i;
                 for (i64 t = 0; t < p.n_taps; ++t)
                     for (i64 c = 0; c < width; ++c) {
-                        const i64 b = (c0 + c) / kBlock, at = (c0 + c) % kBlock, block = min_of(kBlock, l.inputs);
                         const T* from = static_cast<const T*>(p.w) + p.w_tap[t] + k * p.w_out + c * p.w_in;
-                        widen(from, 1, out + ((b * p.n_taps + t) * block + at) * kPanel + i);
+                        widen(from, 1, out + ((c / kBlock * p.n_taps + t) * kBlock + c % kBlock) * kPanel + i);
                     }
             }
         }

@@ -15,26 +15,11 @@ constexpr int kPixels = L == 16 ? 14 : 6;  // 2*kPixels sums in 32 (AVX-512) or 
 constexpr int kWide = kPixels / 2;         // pixels of each row, where a tile takes two
 constexpr i64 kSums = kPixels * i64(kPanel);
 
-FR_INLINE vf splat(const float* p) {
-#if defined(__AVX512F__)
-    vf v = (vf)_mm512_set1_ps(*p);
-    asm("" : "+v"(v));  // or it becomes a memory operand of both products, and loads are the limit
-    return v;
-#elif defined(__AVX2__) && FASTRES_WIDTH == 8
-    return (vf)_mm256_set1_ps(*p);
-#else
-    vf v;
-    for (int i = 0; i < L; ++i) v[i] = *p;
-    return v;
-#endif
-}
-
 struct TileInput {
     const i64* taps;  // where a tap's pixel lies, in floats from the pixel of the first tap
     int n_taps;
     i64 blocks, block_size;  // channel blocks and the floats between two of them
     int last_width;          // channels in the last block, a multiple of kStep
-    i64 second = 0;          // of a split panel
     // What to fetch from far meanwhile, and how many lines of it with every kStep channels.
     const float* ahead = nullptr;
     int lines = 0;
@@ -47,9 +32,8 @@ constexpr int kLine = 16;  // floats
 constexpr i64 kAhead = 96 * kPanel;
 constexpr int kOwnLines = kStep * kPanel / kLine;
 
-// s [M0 + M1][2]: M0 pixels from a0 on, then M1 pixels from a1 on. kPitch: floats from one pixel to the next. kSplit:
-// the second half of the panel reads channels of its own, in.second floats further, and M1 is 0.
-template <int M0, int M1, int kPitch, int kUnroll, bool kSplit = false>
+// s [M0 + M1][2]: M0 pixels from a0 on, then M1 pixels from a1 on. kPitch: floats from one pixel to the next.
+template <int M0, int M1, int kPitch, int kUnroll>
 FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1, const float* w, vf (&s)[M0 + M1][2]) {
     constexpr int M = M0 + M1;
 #pragma GCC unroll 14
@@ -71,7 +55,7 @@ FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1,
                     for (int i = 0; i < M; ++i) {
                         const vf v = splat(i < M0 ? p0 + i * kPitch + u : p1 + (i - M0) * kPitch + u);
                         s[i][0] = fma(v, w0, s[i][0]);
-                        s[i][1] = fma(kSplit ? splat(p0 + in.second + i * kPitch + u) : v, w1, s[i][1]);
+                        s[i][1] = fma(v, w1, s[i][1]);
                     }
                 }
             }
@@ -80,10 +64,10 @@ FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1,
 }
 
 // The sums as they are, [M0 + M1] rows of kPanel.
-template <int M0, int M1, int kPitch = kBlock, int kUnroll = kStep, bool kSplit = false>
+template <int M0, int M1, int kPitch = kBlock, int kUnroll = kStep>
 void tile(const TileInput& in, const float* a0, const float* a1, const float* w, float* sums, i64 pitch) {
     vf s[M0 + M1][2];
-    accumulate<M0, M1, kPitch, kUnroll, kSplit>(in, a0, a1, w, s);
+    accumulate<M0, M1, kPitch, kUnroll>(in, a0, a1, w, s);
 #pragma GCC unroll 14
     for (int i = 0; i < M0 + M1; ++i) {
         store(sums + i * pitch, s[i][0]);
@@ -135,10 +119,6 @@ struct Tiles {
     template <int kPitch, int kUnroll>
     static TileFunction dense(i64 m) {
         static constexpr TileFunction f[] = {tile<M + 1, 0, kPitch, kUnroll>...};
-        return f[m - 1];
-    }
-    static TileFunction split(i64 m) {
-        static constexpr TileFunction f[] = {tile<M + 1, 0, kBlock, kStep, true>...};
         return f[m - 1];
     }
     template <class T>

@@ -79,6 +79,13 @@ void program(pybind11::module_& m) {
             },
             pybind11::arg("src"), pybind11::arg("dst"), pybind11::arg("convs"), pybind11::arg("projected"))
         .def(
+            "take_turns",
+            [](Program& self, i64 steps, i64 times, i64 x_bytes, i64 place, i64 place_bytes) {
+                self.take_turns({steps, times, x_bytes, place, place_bytes});
+            },
+            pybind11::arg("steps"), pybind11::arg("times"), pybind11::arg("x_bytes"), pybind11::arg("place"),
+            pybind11::arg("place_bytes"))
+        .def(
             "run",
             [](const Program& self, Address x, Address y, i64 threads) {
                 self.run(pointer<void>(x), pointer<void>(y), threads, nullptr);

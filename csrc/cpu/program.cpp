@@ -11,10 +11,12 @@ struct Places {
     const char* x;
     char* y;
     char* arena;
+    i64 turn_place, turn_bytes;  // a place that is so far from where it starts
     char* of(i64 place) const {
+        if (place == kNone) return nullptr;
+        const i64 further = place == turn_place ? turn_bytes : 0;
         if (place == kInput) return const_cast<char*>(x);
-        if (place == kOutput) return y;
-        return place == kNone ? nullptr : arena + place;
+        return (place == kOutput ? y : arena + place) + further;
     }
 };
 
@@ -47,15 +49,26 @@ void run_step(int dtype, const Step& s, const Places& at, i64 threads) {
 void Program::run(const void* x, void* y, i64 threads, double* seconds) const {
     using Clock = std::chrono::steady_clock;
     const cpu_runtime::Scratch arena(arena_bytes_);
-    const Places at{static_cast<const char*>(x), static_cast<char*>(y), static_cast<char*>(arena.get())};
+    Places at{static_cast<const char*>(x), static_cast<char*>(y), static_cast<char*>(arena.get()), kNone, 0};
     auto before = Clock::now();
-    for (const Step& step : steps_) {
-        run_step(dtype_, step, at, threads);
-        if (!seconds) continue;
-        const auto now = Clock::now();
-        *seconds++ = std::chrono::duration<double>(now - before).count();
-        before = now;
+    const auto steps = [&](std::size_t first, std::size_t last) {
+        for (std::size_t i = first; i < last; ++i) {
+            run_step(dtype_, steps_[i], at, threads);
+            if (!seconds) continue;
+            const auto now = Clock::now();
+            seconds[i] += std::chrono::duration<double>(now - before).count();
+            before = now;
+        }
+    };
+    const auto shared = static_cast<std::size_t>(turns_.steps);
+    at.turn_place = turns_.place;
+    for (i64 turn = 0; turn < turns_.times; ++turn) {
+        at.x = static_cast<const char*>(x) + turn * turns_.x_bytes;
+        at.turn_bytes = turn * turns_.place_bytes;
+        steps(0, shared);
     }
+    at.turn_place = kNone;
+    steps(shared, steps_.size());
 }
 
 }  // namespace cpu

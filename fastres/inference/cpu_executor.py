@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastres.backends import cpu, cpu_conv, cpu_matrix, cpu_winograd
-from fastres.inference.cpu_program import Builder, Built
+from fastres.inference.cpu_program import ALL_AT_ONCE, Builder, Built, Turns
 from fastres.inference.cpu_weights import DIRECT, Choice, Packed, flat, gather, matrix, whole
 from fastres.inference.executors import Kernel
 from fastres.inference.plan import Linear, Node, Segment, Shape, Stem
@@ -21,6 +21,8 @@ from fastres.ops.bn import nhwc
 name = "cpu"
 #: Input shapes that a segment remembers the program of.
 _PROGRAMS = 32
+#: What part of the time turns must save.
+_WORTH = 0.01
 #: Images that the choice of kernels is measured on at most, and its runs.
 _IMAGES, _RUNS = 8, 4
 
@@ -90,6 +92,7 @@ class CpuSegment:
         self._programs: dict[tuple, Built] = {}
         #: (instruction set, threads, about how many elements of input) -> convolution -> its kernel.
         self._choices: dict[tuple, dict[Packed, Choice]] = {}
+        self._turns: dict[tuple, Turns] = {}
         self._lock = threading.Lock()
 
     def _built(self, shape: Shape) -> Built:
@@ -100,25 +103,34 @@ class CpuSegment:
                 found = self._programs.get(key)
                 if found is None:
                     pick = self._chosen(shape, *key[1:]).__getitem__
-                    found = self._build(shape, pick)
+                    turns = self._turns.get(self._size(shape, *key[1:]), ALL_AT_ONCE)
+                    if turns.nodes and (shape[0] <= turns.images or shape[0] % turns.images):
+                        turns = ALL_AT_ONCE
+                    found = self._build(shape, pick, turns)
                     if gather(self._packed(), key[1]):
-                        found = self._build(shape, pick)
+                        found = self._build(shape, pick, turns)
                     while len(self._programs) >= _PROGRAMS:
                         self._programs.pop(next(iter(self._programs)))
                     self._programs[key] = found
         return found
 
-    def _build(self, shape: Shape, pick) -> Built:
-        return Builder(shape, self.dtype, cpu.isa(), pick).build(self.segment, self.weights)
+    def _build(self, shape: Shape, pick, turns: Turns = ALL_AT_ONCE) -> Built:
+        return Builder(shape, self.dtype, cpu.isa(), pick).build(self.segment, self.weights, turns)
+
+    @staticmethod
+    def _size(shape: Shape, isa: str, threads: int) -> tuple:
+        return isa, threads, torch.Size(shape).numel().bit_length()
 
     def _chosen(self, shape: Shape, isa: str, threads: int) -> dict[Packed, Choice]:
         """The fastest kernel of every convolution at inputs about as large as ``shape``. Measured once, in whole runs:
         what a kernel finds in the caches, its weights not among it, decides as much as its arithmetic."""
-        key = isa, threads, torch.Size(shape).numel().bit_length()
+        key = self._size(shape, isa, threads)
         if key not in self._choices:
             kinds = {p: p.kinds(self.dtype, self.precision) for p in self._packed()}
             if any(len(of_conv) > 1 for of_conv in kinds.values()) and torch.Size(shape).numel():
-                self._choices[key] = self._measured((min(shape[0], _IMAGES), *shape[1:]), kinds)
+                measured = min(shape[0], _IMAGES), *shape[1:]
+                self._choices[key] = self._measured(measured, kinds)
+                self._turns[key] = self._best_turns(measured, self._choices[key].__getitem__)
             else:
                 self._choices[key] = {p: Choice(DIRECT) for p in kinds}
             for p in kinds:
@@ -159,6 +171,37 @@ class CpuSegment:
                 found |= {p: Choice(units[p], whole=True) for p in of_node}
         return found
 
+    def _best_turns(self, shape: Shape, pick) -> Turns:
+        """Early stages have large activations and few weights: image by image they may stay in the caches."""
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.dtype)
+        x = nhwc(x) if x.dim() == 4 else x
+
+        def seconds(built: Built) -> list[float]:
+            """Of each node, the least of some runs."""
+            y, runs = torch.empty(built.out_shape, dtype=self.dtype), []
+            for _ in range(_RUNS):
+                runs.append([0.0] * len(self.segment.nodes))
+                steps = built.program.timed(x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+                for node, time in zip(built.nodes, steps, strict=True):
+                    runs[-1][node] += time
+            return [min(times) for times in zip(*runs[1:], strict=True)]
+
+        divisors = [images for images in (1, 2, 4) if images < shape[0] and shape[0] % images == 0]
+        if not divisors:
+            return ALL_AT_ONCE
+        whole = seconds(self._build(shape, pick))
+        best, saved = ALL_AT_ONCE, 0.0
+        for images in divisors:
+            gain = 0.0
+            for nodes, time in enumerate(seconds(self._build((images, *shape[1:]), pick)), 1):
+                gain += whole[nodes - 1] - time * (shape[0] // images)
+                if gain > saved:
+                    best, saved = Turns(nodes, images), gain
+        # What follows the turns finds its input elsewhere: only the whole tells.
+        if best.nodes and sum(seconds(self._build(shape, pick, best))) < (1 - _WORTH) * sum(whole):
+            return best
+        return ALL_AT_ONCE
+
     def _start(self, x: Tensor) -> tuple[Built, Tensor, Tensor]:
         x = nhwc(x) if x.dim() == 4 else x.contiguous()
         built = self._built(tuple(x.shape))
@@ -183,16 +226,18 @@ class CpuSegment:
 
     def kernels(self, shape: Shape) -> list[Kernel]:
         found = []
-        for node, choices in zip(self.segment.nodes, self._built(tuple(shape)).choices, strict=True):
+        built = self._built(tuple(shape))
+        for at, (node, choices) in enumerate(zip(self.segment.nodes, built.choices, strict=True)):
             names = [str(c) for c in choices]
             kernel = ", ".join(f"{names.count(n)} x {n}" if names.count(n) > 1 else n for n in dict.fromkeys(names))
             errors = [c.error for c in choices if c.out > DIRECT]
-            note = f"winograd's error {max(errors):.1e} a layer" if errors else ""
+            notes = [f"winograd's error {max(errors):.1e} a layer"] if errors else []
+            notes += [f"{built.turns.images} of the images at a time"] if at < built.turns.nodes else []
             if node.op == "stem":
                 kernel = f"{kernel} + pool in L1"
             tile = {"avx512": "14x32", "avx2": "6x16"}.get(cpu.isa(), "")
             tile = "32x32" if any(c.out < DIRECT for c in choices) else tile
-            found.append(Kernel(kernel or "mean", cpu.isa(), tile if choices else "", note))
+            found.append(Kernel(kernel or "mean", cpu.isa(), tile if choices else "", "; ".join(notes)))
         return found
 
     def memory(self, shape: Shape) -> int:

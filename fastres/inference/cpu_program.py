@@ -38,6 +38,18 @@ class Arena:
 
 
 @dataclass(frozen=True)
+class Turns:
+    """The first ``nodes`` of a segment run on ``images`` at a time, so that what lies between them stays in the caches;
+    0 of each: none do."""
+
+    nodes: int = 0
+    images: int = 0
+
+
+ALL_AT_ONCE = Turns()
+
+
+@dataclass(frozen=True)
 class Built:
     """A program for one input shape. ``nodes[i]``, ``convs[i]``: the node and the convolution that step i belongs to,
     if it is one that knows several kernels; ``choices``: of each node's convolutions."""
@@ -48,6 +60,7 @@ class Built:
     choices: tuple[tuple[Choice, ...], ...]
     out_shape: Shape
     held: tuple
+    turns: Turns
 
 
 class Builder:
@@ -57,19 +70,37 @@ class Builder:
         self.dtype, self.isa, self.pick = dtype, isa, pick
         self.module = cpu._require()
         self.arena, self.steps, self.nodes, self.convs, self.held = Arena(), [], [], [], []
-        self.shape, self.place = shape, self.module.PLACE_INPUT
+        self.shape, self.place, self.result = shape, self.module.PLACE_INPUT, self.module.PLACE_OUTPUT
 
-    def build(self, segment: Segment, weights: list[list[Packed]]) -> Built:
-        choices = []
+    def build(self, segment: Segment, weights: list[list[Packed]], turns: Turns = ALL_AT_ONCE) -> Built:
+        """``turns.images`` divide the input's."""
+        choices, in_turns = [], None
         last = len(segment.nodes) - 1
+        images, times = self.shape[0], self.shape[0] // turns.images if turns.images else 1
+        if turns.nodes:
+            in_turns = self._begin_turns(segment.nodes[: turns.nodes], times, turns.nodes == len(segment.nodes))
         for at, (node, packed) in enumerate(zip(segment.nodes, weights, strict=True)):
             before = len(self.steps)
-            choices.append(self._node(node, packed, at == last))
+            choices.append(self._node(node, packed, at in (last, turns.nodes - 1)))
             self.nodes += [at] * (len(self.steps) - before)
+            if at == turns.nodes - 1:
+                in_turns = (len(self.steps), times, *in_turns)
+                self.shape, self.result = (images, *self.shape[1:]), self.module.PLACE_OUTPUT
         program = self.module.Program(DTYPE_CODE[self.dtype], self.arena.bytes)
         for add, step in self.steps:
             add(program, *step)
-        return Built(program, tuple(self.nodes), tuple(self.convs), tuple(choices), self.shape, tuple(self.held))
+        if in_turns:
+            program.take_turns(*in_turns)
+        return Built(program, tuple(self.nodes), tuple(self.convs), tuple(choices), self.shape, tuple(self.held), turns)
+
+    def _begin_turns(self, nodes: tuple, times: int, last: bool) -> tuple[int, int, int]:
+        """From here on for one turn's images; the bytes of its input, its result's place and bytes."""
+        out = self.shape
+        for node in nodes:
+            out = node.out_shape(out)
+        self.result = self._target(out, last)
+        self.shape = (self.shape[0] // times, *self.shape[1:])
+        return self._bytes(self.shape), self.result, self._bytes(out) // times
 
     def _node(self, node, packed: list[Packed], last: bool) -> tuple[Choice, ...]:
         if isinstance(node, Block):
@@ -169,7 +200,7 @@ class Builder:
         return torch.Size(shape).numel() * self.dtype.itemsize
 
     def _target(self, shape: Shape, last: bool) -> int:
-        return self.module.PLACE_OUTPUT if last else self.arena.take(self._bytes(shape))
+        return self.result if last else self.arena.take(self._bytes(shape))
 
     def _move(self, place: int, shape: Shape, keep: int | None = None) -> None:
         """``place`` is the current tensor; the one before is not needed any more, unless it is to be kept."""

@@ -51,6 +51,20 @@ FR_INLINE void store(double* p, vd v) { write(p, v); }
 FR_INLINE void store(bf16* p, vf v) { write(p, to_bf16(v)); }
 FR_INLINE void store(fp16* p, vf v) { write(p, to_fp16(v)); }
 
+FR_INLINE vf splat(const float* p) {
+#if defined(__AVX512F__)
+    vf v = (vf)_mm512_set1_ps(*p);
+    asm("" : "+v"(v));  // or it becomes a memory operand of both products, and loads are the limit
+    return v;
+#elif defined(__AVX2__) && FASTRES_WIDTH == 8
+    return (vf)_mm256_set1_ps(*p);
+#else
+    vf v;
+    for (int i = 0; i < L; ++i) v[i] = *p;
+    return v;
+#endif
+}
+
 // The value as it will be read back from memory.
 FR_INLINE vf rounded(vf v, float) { return v; }
 FR_INLINE vd rounded(vd v, double) { return v; }
