@@ -68,7 +68,7 @@ setup: $(BUILT)
 demo: $(BUILT)
 	@mkdir -p $(RESULTS)
 	$(BIN)/fastres doctor --short
-	$(BIN)/fastres bench resnet50 --images examples --batch 4 --seconds 15 \
+	$(BIN)/fastres bench resnet50 --images examples --batch 4 --seconds 20 \
 	    --json $(RESULTS)/inference.json --png $(RESULTS)/inference.png
 	$(BIN)/fastres bench resnet50 --images examples --batch 4 --seconds 30 --train \
 	    --json $(RESULTS)/training.json --png $(RESULTS)/training.png
