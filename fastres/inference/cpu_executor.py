@@ -159,6 +159,47 @@ class CpuSegment:
                 found |= {p: Choice(units[p], whole=True) for p in of_node}
         return found
 
+    def choices(self) -> list[dict]:
+        """``size``: of the input, see ``_chosen``; ``kernels``: of each node's convolutions, with the error."""
+        with self._lock:
+            measured = [(key, dict(chosen)) for key, chosen in self._choices.items() if key[-1]]
+        if not any(len(p.kinds(self.dtype, self.precision)) > 1 for p in self._packed()):
+            return []
+        return [
+            {
+                "isa": isa,
+                "threads": threads,
+                "size": size,
+                "kernels": [[[chosen[p].out, chosen[p].error] for p in of_node] for of_node in self.weights],
+            }
+            for (isa, threads, size), chosen in measured
+        ]
+
+    def choose(self, choices: list[dict]) -> list[str]:
+        left = []
+        for stored in choices:
+            key = str(stored["isa"]), int(stored["threads"]), int(stored["size"])
+            found = [[Choice(out, float(error)) for out, error in of_node] for of_node in stored["kernels"]]
+            reason = self._why_not_chosen(key[0], found)
+            if reason:
+                left.append(f"the kernels chosen for {key[0]} with {key[1]} threads are not taken over: {reason}")
+                continue
+            with self._lock:
+                pairs = zip(self.weights, found, strict=True)
+                self._choices[key] = {p: c for nodes in pairs for p, c in zip(*nodes, strict=True)}
+        return left
+
+    def _why_not_chosen(self, isa: str, found: list[list[Choice]]) -> str:
+        if isa not in cpu.available_isas():
+            return f"this machine runs {', '.join(cpu.available_isas())}"
+        if [len(of_node) for of_node in found] != [len(of_node) for of_node in self.weights]:
+            return "they are those of other nodes"
+        for node, packed, chosen in zip(self.segment.nodes, self.weights, found, strict=True):
+            for p, choice in zip(packed, chosen, strict=True):
+                if choice.out not in p.kinds(self.dtype, self.precision):
+                    return f"{choice} does not serve {node.name} here"
+        return ""
+
     def _start(self, x: Tensor) -> tuple[Built, Tensor, Tensor]:
         x = nhwc(x) if x.dim() == 4 else x.contiguous()
         built = self._built(tuple(x.shape))
