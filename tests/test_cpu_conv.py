@@ -271,6 +271,28 @@ def test_groups(restore_isa, isa):
                 assert (got.double() - expected).abs().max() <= limit, (C, groups, size, dtype)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_groups_on_any_number_of_threads(restore_isa, isa):
+    """Images so small that threads share the panels, each to write its own outputs alone."""
+    cpu.set_isa(isa)
+    threads = torch.get_num_threads()
+    try:
+        for C, groups in ((64, 8), (128, 8), (128, 32), (256, 32), (1024, 32)):
+            for side, stride in ((1, 1), (3, 2), (5, 1)):
+                g = ((stride, stride), (1, 1), (1, 1), groups)
+                x = integers(torch.float32)(1, C, side, side).to(memory_format=CL)
+                w = integers(torch.float32)(C, C // groups, 3, 3)
+                expected, packed = (
+                    torch.nn.functional.conv2d(x.double(), w.double(), None, *g),
+                    cpu_conv.pack(w, groups),
+                )
+                for n in (1, 2, 3, 4):
+                    torch.set_num_threads(n)
+                    assert torch.equal(cpu_conv.fprop(x, w, g, packed=packed).double(), expected), (C, groups, side, n)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_groups_that_are_not_served_say_so():
     x, w = torch.empty(1, 60, 8, 8), torch.empty(60, 10, 3, 3)
     g = ((1, 1), (1, 1), (1, 1), 6)
