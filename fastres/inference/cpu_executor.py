@@ -7,6 +7,7 @@ in the epilogue, intermediates in one arena.
 from __future__ import annotations
 
 import threading
+from dataclasses import astuple
 
 import torch
 from torch import Tensor
@@ -160,7 +161,7 @@ class CpuSegment:
         return found
 
     def choices(self) -> list[dict]:
-        """``size``: of the input, see ``_chosen``; ``kernels``: of each node's convolutions, with the error."""
+        """``size``: of the input, see ``_chosen``; ``kernels``: the fields of `Choice` of each node's convolutions."""
         with self._lock:
             measured = [(key, dict(chosen)) for key, chosen in self._choices.items() if key[-1]]
         if not any(len(p.kinds(self.dtype, self.precision)) > 1 for p in self._packed()):
@@ -170,7 +171,7 @@ class CpuSegment:
                 "isa": isa,
                 "threads": threads,
                 "size": size,
-                "kernels": [[[chosen[p].out, chosen[p].error] for p in of_node] for of_node in self.weights],
+                "kernels": [[astuple(chosen[p]) for p in of_node] for of_node in self.weights],
             }
             for (isa, threads, size), chosen in measured
         ]
@@ -179,7 +180,7 @@ class CpuSegment:
         left = []
         for stored in choices:
             key = str(stored["isa"]), int(stored["threads"]), int(stored["size"])
-            found = [[Choice(out, float(error)) for out, error in of_node] for of_node in stored["kernels"]]
+            found = [[_choice(*fields) for fields in of_node] for of_node in stored["kernels"]]
             reason = self._why_not_chosen(key[0], found)
             if reason:
                 left.append(f"the kernels chosen for {key[0]} with {key[1]} threads are not taken over: {reason}")
@@ -196,7 +197,8 @@ class CpuSegment:
             return "they are those of other nodes"
         for node, packed, chosen in zip(self.segment.nodes, self.weights, found, strict=True):
             for p, choice in zip(packed, chosen, strict=True):
-                if choice.out not in p.kinds(self.dtype, self.precision):
+                kinds = whole(node, self.dtype, self.precision) if choice.whole else p.kinds(self.dtype, self.precision)
+                if choice.out not in kinds:
                     return f"{choice} does not serve {node.name} here"
         return ""
 
@@ -239,6 +241,10 @@ class CpuSegment:
     def memory(self, shape: Shape) -> int:
         held = sum(p.bytes() for p in self._packed())
         return held + self._built(tuple(shape)).program.arena_bytes
+
+
+def _choice(out: int, error: float, of_whole: bool) -> Choice:
+    return Choice(out, float(error), bool(of_whole))
 
 
 def _convs(node: Node):

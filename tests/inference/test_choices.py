@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from session_cases import narrow, pixels, rewrite
+from session_cases import alternating, narrow, pixels, rewrite
 
 import fastres
 from fastres.backends import cpu, cpu_conv
@@ -19,12 +19,7 @@ pytestmark = pytest.mark.skipif(cpu._module is None, reason=f"fastres._cpu is no
 
 @pytest.fixture(autouse=True)
 def served_on_every_instruction_set(monkeypatch):
-    monkeypatch.setattr(cpu_conv, "wins", lambda *arguments: True)
-
-
-def alternating(segment: CpuSegment, shape, kinds) -> dict:
-    """A choice that no clock would make: every kernel in turn."""
-    return {p: Choice(of_conv[i % len(of_conv)], i * 1e-9) for i, (p, of_conv) in enumerate(kinds.items())}
+    monkeypatch.setattr(cpu_conv, "wins", lambda kind, x, w, g: not cpu_conv.why_not(x, w, g))
 
 
 def refuse(segment, shape, kinds):
