@@ -1,6 +1,6 @@
 """Random nodes, as no network has them, on every executor that serves them, against float64.
 
-The CPU executor's kernels are picked at random here and not by the clock, on every instruction set, also where another
+The CPU executor's kernels take turns here, without a clock, on every instruction set, also where another
 executor is faster: each one that is offered must have been run. FASTRES_FULL=1: a thousand nodes instead of forty.
 """
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fastres import testing
 from fastres.backends import cpu, cpu_conv, cpu_winograd
-from fastres.inference import executors
+from fastres.inference import cpu_weights, executors
 from fastres.inference.cpu_executor import CpuSegment
 from fastres.inference.cpu_weights import DIRECT, Choice
 from fastres.inference.plan import Block, Conv, ConvAct, GlobalAvgPool, Linear, Segment, Stem
@@ -47,7 +47,7 @@ def random_node(rng: random.Random):
     stride, dilation = rng.choice([1, 1, 2]), rng.choice([1, 1, 1, 2])
     if kind == "stem":
         H, W, C = H + 16, W + 16, rng.choice([1, 3, 3, 3, 4])
-        conv = random_conv(rng, C, rng.choice([8, 20, 64]), rng.choice([3, 5, 7]), rng.choice([1, 2]))
+        conv = random_conv(rng, C, rng.choice([8, 20, 64]), rng.choice([3, 5, 7]), rng.choice([1, 2, 2, 2]))
         window, pool_stride = rng.choice([(3, 2), (2, 2), (3, 1)])
         return Stem("stem", conv, window, pool_stride, rng.choice([0, window // 2])), (N, C, H, W)
     if kind == "conv":
@@ -111,15 +111,23 @@ def plainly(node, x: torch.Tensor) -> torch.Tensor:
 
 
 class Contest:
-    """In the place of ``CpuSegment._measured``: kernels at random, and a record of what was offered and taken."""
+    """In the place of ``CpuSegment._measured``: the kernel that was taken least, and a record of offers and takings."""
 
     def __init__(self):
         self.offered, self.taken, self.rng = Counter(), Counter(), random.Random(0)
 
     def __call__(self, segment: CpuSegment, shape, kinds: dict) -> dict:
         self.offered.update(kind for of_conv in kinds.values() for kind in of_conv)
-        picked = {p: Choice(self.rng.choice(of_conv)) for p, of_conv in kinds.items()}
-        self.taken.update(choice.out for choice in picked.values())
+        picked = {}
+        for p, of_conv in kinds.items():
+            picked[p] = Choice(min(of_conv, key=lambda kind: (self.taken[kind], self.rng.random())))
+            self.taken[picked[p].out] += 1
+        for packed, node in zip(segment.weights, segment.segment.nodes, strict=True):
+            for kind in cpu_weights.whole(node, segment.dtype, segment.precision):
+                self.offered["whole block"] += 1
+                if self.rng.random() < 0.5:
+                    self.taken["whole block"] += 1
+                    picked |= {p: Choice(kind, whole=True) for p in packed}
         return picked
 
 
@@ -128,6 +136,7 @@ def contest(monkeypatch):
     found = Contest()
     monkeypatch.setattr(CpuSegment, "_measured", lambda segment, shape, kinds: found(segment, shape, kinds))
     monkeypatch.setattr(cpu_conv, "wins", lambda kind, x, w, g: not cpu_conv.why_not(x, w, g))
+    monkeypatch.setattr(cpu_weights, "UNITS", {"instructions", "model"})
     return found
 
 
