@@ -24,11 +24,11 @@ BUILT := $(VENV)/.fastres-built
 BUILT_TESTS := $(VENV)/.fastres-built-tests
 CXX_FILES := $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: help setup demo test test-full sanitize lint format bench gpu-check clean
+.PHONY: help setup demo test test-full sanitize sanitize-cpu lint format bench gpu-check clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
-	@echo 'make test-full, sanitize, bench, gpu-check, format, clean: see CONTRIBUTING.md'
+	@echo 'make test-full, sanitize, sanitize-cpu, bench, gpu-check, format, clean: see CONTRIBUTING.md'
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastres needs Python 3.10 or newer, got " + sys.version)'
@@ -68,7 +68,7 @@ setup: $(BUILT)
 demo: $(BUILT)
 	@mkdir -p $(RESULTS)
 	$(BIN)/fastres doctor --short
-	$(BIN)/fastres bench resnet50 --images examples --batch 4 --seconds 15 \
+	$(BIN)/fastres bench resnet50 --images examples --batch 4 --seconds 20 \
 	    --json $(RESULTS)/inference.json --png $(RESULTS)/inference.png
 	$(BIN)/fastres bench resnet50 --images examples --batch 4 --seconds 30 --train \
 	    --json $(RESULTS)/training.json --png $(RESULTS)/training.png
@@ -85,7 +85,8 @@ test: lint $(BUILT_TESTS)
 
 test-full: test
 	FASTRES_FULL=1 $(RUN) -m pytest -q tests/test_triton_codegen.py tests/test_conv_codegen.py \
-	    tests/test_candidates_codegen.py tests/inference/test_random_blocks.py tests/inference/test_session.py
+	    tests/test_candidates_codegen.py tests/inference/test_random_blocks.py tests/inference/test_session.py \
+	    tests/inference/test_cpu_engine.py
 	$(RUN) benchmarks/gpu_check.py --dry-run
 
 # The emulator under AddressSanitizer and UndefinedBehaviorSanitizer, in a package of its own under build/: the
@@ -101,6 +102,16 @@ sanitize: $(DEPS)
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 \
 	    $(RUN) -P -m pytest -p no:cacheprovider $(EMULATED_TESTS) $(ARGS) \
 	    --deselect tests/test_batch_norm_one_pass.py::test_static_shared_memory_is_what_nvcc_counts  # reads docs/
+
+# The CPU kernels likewise, each instruction set; two threads, so that they share rows and panels.
+CPU_TESTS := tests/test_cpu_conv.py tests/test_cpu_winograd.py tests/test_cpu_matrix.py tests/test_add_relu.py \
+    tests/test_batch_norm_act.py tests/test_stem.py tests/test_conv_bn_act.py \
+    tests/inference/test_random_blocks.py tests/inference/test_cpu_engine.py
+sanitize-cpu: $(DEPS)
+	FASTRES_CPU=1 FASTRES_CUDA=0 FASTRES_EMULATOR=0 FASTRES_TEST_ISAS=1 FASTRES_SANITIZE=1 \
+	    $(RUN) setup.py -q build --build-lib $(SANITIZED)-cpu --build-temp $(SANITIZED)-cpu-objects
+	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)-cpu OMP_NUM_THREADS=2 \
+	    $(RUN) -P -m pytest -p no:cacheprovider --backends cpu $(CPU_TESTS) $(ARGS)
 
 bench: $(BUILT)
 	$(RUN) -m pytest benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' --benchmark-only \

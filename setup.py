@@ -5,7 +5,8 @@ Environment
     FASTRES_CUDA=auto|0|1      CUDA kernels. auto: built if nvcc is found. 1: must be built. Never asks for a GPU.
     FASTRES_CUDA_ARCHS         e.g. "80;90a", or "native" for the GPU of this machine. Default: 80;89;90a;100 + PTX.
     FASTRES_EMULATOR=1         also the CUDA sources compiled as C++ (fastres._emulator), for tests without a GPU.
-    FASTRES_SANITIZE=1         the emulator with AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`).
+    FASTRES_SANITIZE=1         CPU kernels and emulator with AddressSanitizer and UndefinedBehaviorSanitizer
+                               (`make sanitize-cpu`, `make sanitize`).
     FASTRES_TEST_ISAS=1        also the 16-wide CPU code compiled for AVX2 ("avx512_sim"), for tests without AVX-512.
     CXX, CUDACXX, CMAKE_BUILD_PARALLEL_LEVEL as everywhere.
 """

@@ -245,9 +245,8 @@ def _footnotes(result) -> list[str]:
         lines.append("saved: unique storages kept for backward, parameters not counted; not defined for torch.compile")
     else:
         lines.append("error: relative L2 distance of the logits from the unfused float64 model")
-        lines.append(
-            "fastres: fuse(model.eval(), fold=True), BN folded into the weights once; torch.compile: freezing on"
-        )
+        calls = [f"{row['backend']}: {row['call']}" for row in result.rows if "call" in row]
+        lines.append("; ".join([*calls, "torch.compile: freezing on"]))
     if any(not row["within_budget"] for row in result.rows):
         lines.append("withheld: further from float64 than twice eager's error, so no speed-up is claimed")
     lines.extend(f"{name} did not run: {why}" for name, why in result.absent.items())

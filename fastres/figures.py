@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fastres.bench import rows as result_rows
 from fastres.drawing import FAINT, GRID, INK, pyplot_off_screen, save, write_caption
 
-COLOURS = {"eager": "#b4bec9", "torch.compile": "#6f8fb3", "fastres": "#e4572e"}
-LABELS = {"eager": "PyTorch eager\n(channels_last)", "torch.compile": "torch.compile", "fastres": "fastres"}
+COLOURS = {"eager": "#b4bec9", "torch.compile": "#6f8fb3", result_rows.FOLDED: "#f2a65a", "fastres": "#e4572e"}
+LABELS = {"eager": "PyTorch eager\n(channels_last)", "torch.compile": "torch.compile"}
 
 
 def bench_chart(rows: list[dict], path: Path | str) -> Path:
@@ -31,6 +32,8 @@ def bench_chart(rows: list[dict], path: Path | str) -> Path:
         error = row["error_vs_float64"]["logits"]
         text = f"{median:,.{0 if median >= 1000 else 1}f} ms   {row['images_per_s']:,.1f} img/s   error {error:.0e}"
         verdict = "outside the error budget" if ratio is None else f"{ratio:.2f}x eager"
+        if ratio is not None and result_rows.is_ours(row["backend"]) and row["best_peer"] != "eager":
+            verdict += f", {row['ratio_to_best_peer']:.2f}x {row['best_peer']}"
         anchor = max(q["p75"], median) + widest * 0.015
         ours = row["backend"] == "fastres"
         axes.text(anchor, place - 0.13, verdict if row["backend"] != "eager" else "baseline", va="center",
@@ -38,7 +41,7 @@ def bench_chart(rows: list[dict], path: Path | str) -> Path:
                   color=COLOURS["fastres"] if ours else INK)  # fmt: skip
         axes.text(anchor, place + 0.19, text, va="center", fontsize=8, color=FAINT)
 
-    axes.set_yticks(range(len(rows)), [LABELS.get(r["backend"], r["backend"]) for r in rows], fontsize=9.5)
+    axes.set_yticks(range(len(rows)), [_label(r) for r in rows], fontsize=9.5)
     axes.invert_yaxis()
     axes.set_xticks([tick for tick in axes.get_xticks() if tick <= widest])
     axes.tick_params(axis="both", length=0)
@@ -56,6 +59,13 @@ def bench_chart(rows: list[dict], path: Path | str) -> Path:
     figure.text(0.97, 1 - 0.34 / height, detail, fontsize=9.5, color=FAINT, va="center", ha="right")
     write_caption(figure, result_rows.caption(first), 0.1 / height)
     return save(figure, pyplot, path)
+
+
+def _label(row: dict) -> str:
+    """Contestants of fastres with the function that makes them."""
+    call = re.match(r"[\w.]+", row.get("call", ""))
+    folded = ", fold" if "fold=True" in row.get("call", "") else ""
+    return LABELS.get(row["backend"]) or (f"{call[0]}{folded}" if call else row["backend"])
 
 
 def loss_curves(curves: dict[str, list[float]], path: Path | str, *, title: str, detail: str, caption: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -101,6 +102,14 @@ def test_no_speedup_outside_the_error_budget():
     assert eager["ratio_to_eager"] == 1.0
 
 
+def test_no_contestant_of_ours_is_a_peer():
+    names = ("eager", "fastres, fold", "fastres", "fastres, CUDA graph")
+    found = [row(name, 10.0 - i) for i, name in enumerate(names)]
+    rows.compare(found)
+    assert [r["best_peer"] for r in found] == ["eager"] * 4
+    assert found[3]["ratio_to_best_peer"] == 10 / 7
+
+
 def test_the_best_peer_is_the_fastest_honest_one():
     found = [row("eager", 10.0), row("torch.compile", 5.0), row("fastres", 4.0)]
     rows.compare(found)
@@ -189,11 +198,13 @@ def test_without_torchvision_the_baseline_is_plain_and_its_twin_is_fused(monkeyp
     model, origin = contestants.baseline("resnet18")
     assert isinstance(model, plain.PlainResNet) and "plain torch.nn" in origin
     assert not any(type(m).__module__.startswith("fastres.nn") for m in model.modules())
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    session = contestants.session(model, x, torch.float32)
+    assert not list(session.plan.foreign()) and isinstance(model, plain.PlainResNet)
     twin = contestants.fused(train=False)(model.double().eval())
     assert type(twin).__module__ == "fastres.models.resnet"
-    x = torch.randn(1, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        torch.testing.assert_close(twin(x), model(x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(twin(x.double()), model(x.double()), rtol=1e-9, atol=1e-9)
 
 
 # ---- whole runs
@@ -202,7 +213,10 @@ def test_without_torchvision_the_baseline_is_plain_and_its_twin_is_fused(monkeyp
 def test_an_inference_run_is_right_and_tells_everything():
     heard = []
     result = bench.run(bench.Case(**TINY, images=str(EXAMPLES)), lambda text, fraction: heard.append(fraction))
-    assert [r["backend"] for r in result.rows] == ["eager", "fastres"]
+    assert [r["backend"] for r in result.rows] == ["eager", "fastres, fold", "fastres"]
+    assert [r.get("call") for r in result.rows] == [
+        None, "fastres.fuse(model, fold=True)", "fastres.optimize(model, (x,), dtype=torch.float32)"
+    ]  # fmt: skip
     assert result.absent == {"torch.compile": "switched off by --no-compile"}
     assert heard == sorted(heard) and heard[-1] == 1.0
     for r in result.rows:
@@ -238,23 +252,21 @@ def test_memory_low_saves_less():
 
 
 def test_a_wrong_fastres_gets_no_speedup(monkeypatch, tmp_path):
-    def broken(train, memory="default"):
-        def convert(model):
-            nn.init.zeros_(model.fc.weight)
-            return model
+    def zeroed(model):
+        nn.init.zeros_(model.fc.weight)
+        return model
 
-        return convert
-
-    monkeypatch.setattr(contestants, "fused", broken)
+    monkeypatch.setattr(contestants, "fused", lambda train, memory="default": zeroed)
+    monkeypatch.setattr(contestants, "session", lambda model, x, dtype: zeroed(copy.deepcopy(model).eval()))
     result = bench.run(bench.Case(**TINY))
-    ours = result.rows[-1]
-    assert not ours["within_budget"] and ours["ratio_to_eager"] is None and ours["ratio_to_best_peer"] is None
+    for ours in result.rows[1:]:
+        assert not ours["within_budget"] and ours["ratio_to_eager"] is None and ours["ratio_to_best_peer"] is None
     from fastres import cli
 
     with cli.console.capture() as captured:
         for table in cli._results(result):
             cli.console.print(table)
-    assert captured.get().count("withheld") == 2
+    assert captured.get().count("withheld") == 4
     assert any("no speed-up is claimed" in line for line in cli._footnotes(result))
     figures.bench_chart(result.rows, tmp_path / "chart.png")
 
@@ -274,16 +286,21 @@ def test_no_compiler_is_a_reason(monkeypatch):
     assert "no C++ compiler" in result.absent["torch.compile"]
 
 
-def test_a_fastres_that_crashes_is_not_hidden(monkeypatch):
-    def broken(train, memory="default"):
-        def convert(model):
-            raise ZeroDivisionError("a bug of ours")
+@pytest.mark.parametrize("maker", ["fused", "session"])
+def test_a_fastres_that_crashes_is_not_hidden(monkeypatch, maker):
+    def broken(*arguments):
+        raise ZeroDivisionError("a bug of ours")
 
-        return convert
-
-    monkeypatch.setattr(contestants, "fused", broken)
+    monkeypatch.setattr(contestants, maker, broken if maker == "session" else lambda *arguments: broken)
     with pytest.raises(ZeroDivisionError):
         bench.run(bench.Case(**TINY))
+
+
+def test_on_a_gpu_fastres_is_the_fused_model():
+    case = bench.Case(**{**TINY, "device": "cuda"})
+    named = list(harness._contestants(case, plain.build("resnet18"), None, None, torch.float32))
+    assert named == ["eager", "fastres"] and case.call("fastres") == "fastres.fuse(model, fold=True)"
+    assert bench.Case(**{**TINY, "train": True, "memory": "low"}).call("fastres") == "fastres.fuse(model, memory='low')"
 
 
 def test_threads_are_put_back():

@@ -77,11 +77,12 @@ def test_bench_prints_a_table_and_writes_rows_and_chart(command, tmp_path):
     )
     assert code == 0, err
     assert "resnet18, inference: batch 2, 32 px, fp32" in out
-    for text in ("engine", "img/s", "vs eager", "vs peers", "error", "chelsea.jpg", "fold=True", "--no-compile"):
+    headings = ("engine", "img/s", "vs eager", "vs peers", "error")
+    for text in (*headings, "chelsea.jpg", "fold=True", "optimize", "--no-compile"):
         assert text in out
     assert max(map(len, out.split("vs peers:")[0].splitlines())) <= 80, "the table fits a terminal"
     found = json.loads(rows.read_text())
-    assert [r["backend"] for r in found] == ["eager", "fastres"]
+    assert [r["backend"] for r in found] == ["eager", "fastres, fold", "fastres"]
     assert "--images" in found[0]["command"]
     from PIL import Image
 
@@ -100,7 +101,7 @@ def test_bench_training_prints_gradients_and_memory(command):
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 def test_the_widest_tables_fit_a_terminal(train):
     errors = {"logits": 1.25e-07, "gradients": 1.3, "loss_difference": 1.5e-03}
-    names = ("eager", "torch.compile", "fastres")
+    names = ("eager", "torch.compile", "fastres, fold", "fastres")
     rows = [
         dict(backend=name, median_ms=99999.0, quantiles_ms=dict(p25=99999.0, p75=99999.0), images_per_s=12345.6,
              ratio_to_eager=None, ratio_to_best_peer=None, error_vs_float64=errors, saved_for_backward_bytes=2**40)

@@ -1,5 +1,9 @@
 """The CPU's own convolutions: every instruction set against float64, any geometry, any number of threads."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -242,3 +246,19 @@ def _residual_block():
     from torchvision.models.resnet import BasicBlock
 
     return [BasicBlock(64, 64)]
+
+
+def test_a_sanitizer_sees_a_read_beyond_a_buffer():
+    """Under `make sanitize-cpu`: a kernel that is told of more pixels than there are ends the process."""
+    if "asan" not in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("AddressSanitizer is not loaded (make sanitize-cpu)")
+    code = (
+        "import torch\nfrom fastres import _cpu\n"
+        "x, w, y = torch.zeros(4 * 4 * 32), torch.zeros(32 * 32), torch.zeros(9 * 4 * 32)\n"
+        "sizes = (1, 9, 4, 32, 32, 9, 4, 1, 1, 1, 1, 0, 0, 1, 1, 1)\n"
+        "_cpu.conv_fprop(0, x.data_ptr(), w.data_ptr(), 32, 1, 1, 0, sizes, 0, 0, 0, y.data_ptr(), 1)\n"
+        "print('survived')\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and "survived" not in done.stdout
+    assert "ERROR: AddressSanitizer: heap-" in done.stderr and "conv_direct.cpp" in done.stderr

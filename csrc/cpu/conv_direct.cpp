@@ -224,9 +224,10 @@ class Worker {
         T* y = static_cast<T*>(p_.y) + out;
         const T* r = p_.residual ? static_cast<const T*>(p_.residual) + out : nullptr;
         for (i64 i = 0; i < m; ++i, sums += kPanel, y += p_.y_j, r += r ? p_.y_j : 0) {
+            const i64 k1 = min_of(k0 + kPanel, p_.K);  // further panels may be another thread's
             i64 k = k0;
-            for (; k + L <= p_.K; k += L) write_part(sums + k - k0, y, r, k, Full());
-            if (k < p_.K) write_part(sums + k - k0, y, r, k, Tail{int(p_.K - k), false});
+            for (; k + L <= k1; k += L) write_part(sums + k - k0, y, r, k, Full());
+            if (k < k1) write_part(sums + k - k0, y, r, k, Tail{int(k1 - k), false});
         }
     }
 

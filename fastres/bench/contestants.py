@@ -43,15 +43,29 @@ def fused(train: bool, memory: str = "default") -> Callable[[nn.Module], nn.Modu
 
     Inference folds BN into the convolutions once (``fold=True``): the weights do not change any more.
     """
-    from fastres import models
     from fastres.fusion import fuse
 
     def convert(model: nn.Module) -> nn.Module:
-        if isinstance(model, plain.PlainResNet):
-            parameter = next(model.parameters())
-            twin = getattr(models, model.configuration)()
-            twin.load_state_dict(model.state_dict())
-            model = twin.to(parameter.device, parameter.dtype, memory_format=torch.channels_last).train(model.training)
+        model = _known(model)
         return fuse(model, memory=memory) if train else fuse(model, fold=True)
 
     return convert
+
+
+def session(model: nn.Module, x: torch.Tensor, dtype: torch.dtype):
+    """The baseline as an inference session in ``dtype``, checked on ``x``; the baseline is left as it is."""
+    from fastres.inference import optimize
+
+    return optimize(_known(model), (x,), dtype)
+
+
+def _known(model: nn.Module) -> nn.Module:
+    """``model``, or for a plain one a twin of classes that ``fuse`` and ``optimize`` know."""
+    if not isinstance(model, plain.PlainResNet):
+        return model
+    from fastres import models
+
+    parameter = next(model.parameters())
+    twin = getattr(models, model.configuration)()
+    twin.load_state_dict(model.state_dict())
+    return twin.to(parameter.device, parameter.dtype, memory_format=torch.channels_last).train(model.training)

@@ -40,7 +40,11 @@ def to_low(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def inference(name: str, model: nn.Module, x: torch.Tensor, dtype: torch.dtype, how: Callable | None = None) -> Engine:
     """``model`` in evaluation mode on ``x``, both in ``dtype``; ``how`` transforms the model last."""
     served = to_low(copy.deepcopy(model).eval(), dtype)
-    served = how(served) if how else served
+    return serving(name, how(served) if how else served, x, dtype)
+
+
+def serving(name: str, served: Callable, x: torch.Tensor, dtype: torch.dtype) -> Engine:
+    """What computes logits already, a model or a session, on ``x`` in ``dtype``."""
     batch = x.to(dtype, memory_format=torch.channels_last)
 
     def run():

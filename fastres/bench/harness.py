@@ -71,6 +71,18 @@ class Case:
             raise BenchError(f"--compile-mode: got {self.compile_mode!r}, expected one of {', '.join(modes)}")
         return replace(self, threads=self.threads or torch.get_num_threads())
 
+    def has_session(self) -> bool:
+        """Whether "fastres" is an inference session; elsewhere it is the fused model."""
+        return not self.train and torch.device(self.device).type == "cpu"
+
+    def call(self, name: str) -> str:
+        """What makes the contestant ``name`` of fastres."""
+        if name == "fastres" and self.has_session():
+            return f"fastres.optimize(model, (x,), dtype={DTYPES[self.dtype]})"
+        if not self.train:
+            return "fastres.fuse(model, fold=True)"
+        return "fastres.fuse(model)" if self.memory == "default" else f"fastres.fuse(model, memory={self.memory!r})"
+
 
 @dataclass
 class Result:
@@ -111,8 +123,9 @@ def _run(case: Case, progress) -> Result:
     progress("float64 truth", 0.02)
     truth = engines.truth(model, x if case.train else x[:CHECKED_IMAGES], labels)
     built, absent, errors = {}, {}, {}
-    for place, (name, build) in enumerate(_contestants(case, model, x, labels, dtype).items()):
-        progress(f"{name}: first run and check", 0.1 + 0.15 * place)
+    contest = _contestants(case, model, x, labels, dtype)
+    for place, (name, build) in enumerate(contest.items()):
+        progress(f"{name}: first run and check", 0.1 + 0.4 * place / len(contest))
         try:
             engine = build()
             errors[name] = _errors(engine.first(), truth, dtype)
@@ -123,7 +136,7 @@ def _run(case: Case, progress) -> Result:
         except Exception as error:  # a contestant that cannot run is a row with its reason, not a crash
             if name == rows.BASELINE:
                 raise BenchError(f"the eager baseline cannot run this case: {_first_line(error)}") from error
-            if name == "fastres":
+            if name in ("fastres", rows.FOLDED):
                 raise
             absent[name] = _first_line(error)
             continue
@@ -167,7 +180,11 @@ def _contestants(case: Case, model: nn.Module, x, labels, dtype) -> dict[str, Ca
     if case.compile and not _no_compiler():
         found["torch.compile"] = compiled
     how = contestants.fused(case.train, case.memory)
-    found["fastres"] = lambda: engine("fastres", how=how)
+    if case.has_session():
+        found[rows.FOLDED] = lambda: engine(rows.FOLDED, how=how)
+        found["fastres"] = lambda: engines.serving("fastres", contestants.session(model, x, dtype), x, dtype)
+    else:
+        found["fastres"] = lambda: engine("fastres", how=how)
     if case.graph:
         found["eager, CUDA graph"] = lambda: engine("eager")
         found["fastres, CUDA graph"] = lambda: engine("fastres", how=how)
@@ -223,7 +240,8 @@ def _rows(case: Case, times, errors, memory, source: str, baseline: str) -> list
             "dtype": case.dtype,
             "layout": "channels_last",
             "device": case.device,
-            "memory": case.memory if name.startswith("fastres") else "default",
+            "memory": case.memory if rows.is_ours(name) else "default",
+            **({"call": case.call(name)} if rows.is_ours(name) else {}),
             **({"compile_mode": case.compile_mode} if name == "torch.compile" else {}),
             "backend": name,
             **timing.summary(samples),

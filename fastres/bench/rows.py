@@ -14,6 +14,8 @@ import torch
 from fastres import doctor
 
 BASELINE = "eager"
+#: The model that ``fuse(fold=True)`` makes, where "fastres" is a session.
+FOLDED = "fastres, fold"
 
 #: Ours may be this many times as far from float64 as eager in the same dtype, plus one rounding at the
 #: scale of the output (the floor: eager may be exact by luck).
@@ -48,12 +50,17 @@ def provenance(command: str | None = None) -> dict:
     }
 
 
+def is_ours(backend: str) -> bool:
+    """Whether a contestant is one of fastres, and no peer."""
+    return backend.startswith("fastres")
+
+
 def compare(rows: list[dict]) -> None:
     """Fill ``ratio_to_eager`` and ``ratio_to_best_peer`` (above 1: faster) of each row, in place.
 
     A row outside the error budget gets no ratio, and no row is compared with such a peer: a wrong answer has no speed.
     """
-    peers = [r for r in rows if r["backend"] != "fastres" and r["within_budget"]]
+    peers = [r for r in rows if not is_ours(r["backend"]) and r["within_budget"]]
     eager = next(r for r in rows if r["backend"] == BASELINE)
     best = min(peers, key=lambda r: r["median_ms"])
     for row in rows:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastres.backends.reference import acc_dtype
 from fastres.fusion.swap import check_model
-from fastres.inference import checking, description, executors
+from fastres.inference import checking, choices, description, executors
 from fastres.inference.checking import Reference, Verdict, VerificationError
 from fastres.inference.plan import Foreign, Plan
 from fastres.inference.serving import Runner, Target
@@ -163,7 +163,8 @@ def load(
 ) -> InferenceSession:
     """The session that ``InferenceSession.save`` wrote, on ``device``, packed for the executors of this machine.
 
-    It is checked against the image and the float64 output that the file carries. A miss raises
+    Where instruction set and number of threads are those of the saved session, the same kernels serve as there. It is
+    checked against the image and the float64 output that the file carries. A miss raises
     :class:`fastres.inference.VerificationError`, or, with ``strict=False``, falls back to PyTorch's operators.
 
     Raises: :class:`fastres.inference.SessionFileError` for a file that is damaged, truncated, foreign or of a later
@@ -184,11 +185,17 @@ def load(
     for names in dict.fromkeys((target.executors, ("torch",))):
         target = Target(place, stored.dtype, stored.precision, names)
         runner = Runner(stored.plan, target)
+        try:
+            chosen = choices.take_over(runner, target, stored.choices)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise storage.SessionFileError(f"{path}: describes choices of kernels that are none: {what}") from error
         with torch.no_grad():
             errors = checking.distance(runner(sample.x), sample.truth)
         was = stored.verdict
         verdict = checking.judge(errors[0], was.limit, errors[1], was.worst_limit, was.peer, was.reference)
         if verdict.ok:
+            notes += dict.fromkeys(chosen)
             break
         if strict or names == ("torch",):
             raise VerificationError(

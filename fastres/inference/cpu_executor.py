@@ -7,6 +7,7 @@ in the epilogue, intermediates in one arena.
 from __future__ import annotations
 
 import threading
+from dataclasses import astuple
 
 import torch
 from torch import Tensor
@@ -202,6 +203,53 @@ class CpuSegment:
             return best
         return ALL_AT_ONCE
 
+    def choices(self) -> list[dict]:
+        """``size``: of the input, see ``_chosen``; ``kernels``: the fields of `Choice` of each node's convolutions."""
+        with self._lock:
+            measured = [(key, dict(chosen)) for key, chosen in self._choices.items() if key[-1]]
+        if not any(len(p.kinds(self.dtype, self.precision)) > 1 for p in self._packed()):
+            return []
+        return [
+            {
+                "isa": isa,
+                "threads": threads,
+                "size": size,
+                "kernels": [[astuple(chosen[p]) for p in of_node] for of_node in self.weights],
+                "turns": astuple(self._turns.get((isa, threads, size), ALL_AT_ONCE)),
+            }
+            for (isa, threads, size), chosen in measured
+        ]
+
+    def choose(self, choices: list[dict]) -> list[str]:
+        left = []
+        for stored in choices:
+            key = str(stored["isa"]), int(stored["threads"]), int(stored["size"])
+            found = [[_choice(*fields) for fields in of_node] for of_node in stored["kernels"]]
+            turns = Turns(*map(int, stored["turns"]))
+            reason = self._why_not_chosen(key[0], found, turns)
+            if reason:
+                left.append(f"the kernels chosen for {key[0]} with {key[1]} threads are not taken over: {reason}")
+                continue
+            with self._lock:
+                pairs = zip(self.weights, found, strict=True)
+                self._choices[key] = {p: c for nodes in pairs for p, c in zip(*nodes, strict=True)}
+                self._turns[key] = turns
+        return left
+
+    def _why_not_chosen(self, isa: str, found: list[list[Choice]], turns: Turns) -> str:
+        if isa not in cpu.available_isas():
+            return f"this machine runs {', '.join(cpu.available_isas())}"
+        if [len(of_node) for of_node in found] != [len(of_node) for of_node in self.weights]:
+            return "they are those of other nodes"
+        if not 0 <= turns.nodes <= len(found) or (turns.nodes and turns.images < 1):
+            return f"got {turns} for {len(found)} nodes"
+        for node, packed, chosen in zip(self.segment.nodes, self.weights, found, strict=True):
+            for p, choice in zip(packed, chosen, strict=True):
+                kinds = whole(node, self.dtype, self.precision) if choice.whole else p.kinds(self.dtype, self.precision)
+                if choice.out not in kinds:
+                    return f"{choice} does not serve {node.name} here"
+        return ""
+
     def _start(self, x: Tensor) -> tuple[Built, Tensor, Tensor]:
         x = nhwc(x) if x.dim() == 4 else x.contiguous()
         built = self._built(tuple(x.shape))
@@ -243,6 +291,10 @@ class CpuSegment:
     def memory(self, shape: Shape) -> int:
         held = sum(p.bytes() for p in self._packed())
         return held + self._built(tuple(shape)).program.arena_bytes
+
+
+def _choice(out: int, error: float, of_whole: bool) -> Choice:
+    return Choice(out, float(error), bool(of_whole))
 
 
 def _convs(node: Node):

@@ -51,6 +51,12 @@ class Prepared(Protocol):
         """Bytes of packed weights and work space held for inputs of that shape, the output not counted."""
         ...
 
+    # An executor that measures which kernel serves has these two besides, so that a loaded session need not measure.
+    #
+    # def choices(self) -> list[dict]: what was measured so far, as JSON.
+    # def choose(self, choices: list[dict]) -> list[str]: take that over. Returns what is not taken, and why; raises
+    # KeyError, TypeError or ValueError for what `choices` does not return.
+
 
 class Executor(Protocol):
     name: str

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastres import machine
+from fastres.inference import choices
 from fastres.inference.checking import Verdict
 from fastres.inference.executors import PRECISIONS
 from fastres.inference.plan import NODES, Conv, Plan, Segment, Shape
@@ -41,6 +43,7 @@ class Stored:
     notes: tuple[str, ...]
     verdict: Verdict
     sample: Sample
+    choices: dict
 
 
 def write(session: InferenceSession, path: Path) -> Path:
@@ -68,6 +71,7 @@ def write(session: InferenceSession, path: Path) -> Path:
         "title": session.title,
         "notes": list(session._notes),
         "verdict": session.verdict.to_dict(),
+        "choices": {"chip": machine.chip(session.device), "segments": choices.gather(session.runner)},
         "torch": torch.__version__,
     }
     head["sha256"] = _hash(head, tensors)
@@ -176,5 +180,5 @@ def _stored(head: dict, tensors: dict[str, Tensor]) -> Stored:
     accepts = tuple(_DTYPES[name] for name in head["accepts"])
     return Stored(
         Plan((segment,)), _DTYPES[head["dtype"]], head["precision"], accepts, tuple(head["example"]), head["title"],
-        tuple(head["notes"]), Verdict(**head["verdict"]), sample,
+        tuple(head["notes"]), Verdict(**head["verdict"]), sample, head.get("choices", {}),
     )  # fmt: skip

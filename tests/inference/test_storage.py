@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from session_cases import pixels, tiny
+from safetensors.torch import save_file
+from session_cases import pixels, rewrite, tiny
 from torch import nn
 
 import fastres
-from fastres.inference import SessionFileError, storage
+from fastres.inference import SessionFileError
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +32,6 @@ def test_round_trip(tmp_path, kind, dtype):
         assert torch.equal(loaded(x), session(x))
     again = fastres.load(loaded.save(tmp_path / "s"))  # over itself, from what was loaded
     assert torch.equal(again(pixels()), session(pixels()))
-
-
-def text_of(path) -> str:
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length))["__metadata__"]["fastres"]
-
-
-def rewrite(path, target, change=lambda head, tensors: None, rehash=False):
-    """The file with its description and tensors changed; ``rehash`` makes it consistent again."""
-    head, tensors = json.loads(text_of(path)), load_file(path)
-    change(head, tensors)
-    if rehash:
-        head["sha256"] = storage._hash(head, tensors)
-    save_file(tensors, target, metadata={"fastres": json.dumps(head)})
 
 
 def nudge(head, tensors):
