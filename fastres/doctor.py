@@ -206,7 +206,8 @@ def cpu_convolutions() -> list[dict]:
 def whole_blocks(verify: bool = False) -> dict:
     """Evaluation blocks in one kernel: what was decided in this process, and which typical ones each GPU could take.
 
-    ``verify`` proves the kernels on those (not their speed, which the first call of a block measures).
+    ``verify`` proves the kernels on those (not their speed, which the first call of a block measures). And, with why,
+    the blocks of a ResNet that no GPU takes as one kernel.
     """
     from fastres import dispatch, whole_block
 
@@ -218,7 +219,8 @@ def whole_blocks(verify: bool = False) -> dict:
             if verify and not why:
                 why = [wrong] if (wrong := whole_block.check(kernels, device, torch.bfloat16, shape)) else []
             rows.append({"gpu": index, "shape": str(shape), "dtype": "bfloat16", "why_not": why})
-    return {"verdicts": whole_block.verdicts(), "typical": rows}
+    unserved = [{"shape": str(shape), "why_not": shape.reasons} for shape in whole_block.TYPICALLY_UNSERVED]
+    return {"verdicts": whole_block.verdicts(), "typical": rows, "unserved": unserved}
 
 
 def one_pass() -> dict:

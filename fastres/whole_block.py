@@ -12,7 +12,8 @@ import math
 import statistics
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,43 +43,153 @@ _lock = threading.RLock()  # timing a run of blocks may need verdicts on its blo
 _RUNS = 7
 
 
-def shape_of(x: Tensor, convs, shortcut) -> BottleneckShape | BasicBlockShape | None:
-    """The block as a kernel would see it, or None where its geometry is not 1x1, 3x3, 1x1 of stride 1, nor 3x3, 3x3 of
-    stride 1 with the identity."""
-    if len(convs) == 2 and shortcut is None:
-        N, C, H, W = x.shape
-        fits = all(_is(conv, (C, C, 3, 3), 1, 1) for conv in convs)
-        return BasicBlockShape(N, H, W, C) if fits else None
-    if len(convs) != 3:
-        return None
-    pointwise = ((1, 1), (0, 0))
-    for conv, kernel in zip((*convs, shortcut), ((1, 1), (3, 3), (1, 1), (1, 1)), strict=True):
-        if conv is None:
-            continue
-        stride, padding = pointwise if kernel == (1, 1) else ((1, 1), (1, 1))
-        fits = tuple(conv.weight.shape[2:]) == kernel and conv.stride == stride and conv.padding == padding
-        if not fits or conv.groups != 1 or (kernel == (3, 3) and conv.dilation != (1, 1)):
-            return None
+class Unit(NamedTuple):
+    """What a convolution is, as far as a kernel must know."""
+
+    name: str
+    weight: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+
+    @classmethod
+    def of(cls, name: str, conv) -> Unit:
+        weight = tuple(conv.weight.shape)
+        dilation = (1, 1) if weight[2:] == (1, 1) else tuple(conv.dilation)  # a pointwise one has nothing to spread
+        return cls(name, weight, tuple(conv.stride), tuple(conv.padding), dilation, conv.groups)
+
+    def differs(self, wanted: Unit) -> list[str]:
+        """Each property that is not the wanted one: what was got, and what is expected."""
+        return [
+            f"{self.name} has {field} {_words(got)}, expected {_words(expected)}"
+            for field, got, expected in zip(self._fields[1:], self[1:], wanted[1:], strict=True)
+            if got != expected
+        ]
+
+
+def _words(value) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unserved:
+    """A block or stem whose geometry no kernel has, on x of ``sizes``. ``units``: its convolutions in order, of a block
+    the projection last; ``others``: what else is in the way, in words."""
+
+    op: str
+    sizes: tuple[int, ...]
+    units: tuple[Unit, ...]
+    projected: bool = False
+    others: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        main = self.units[: len(self.units) - self.projected]
+        outputs = [str(unit.weight[0]) for unit in (main if self.op == "bottleneck" else main[-1:])]
+        words = f"{self.op.replace('_', ' ')} {_words(self.sizes)} -> {' -> '.join(dict.fromkeys(outputs))}"
+        for field in ("stride", "dilation", "groups"):
+            largest = max(getattr(unit, field) for unit in main)
+            if largest not in (1, (1, 1)):
+                words += f", {field} {_words(largest)}"
+        return words if self.op == "stem" else f"{words} with {'a projection' if self.projected else 'an identity'}"
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why no kernel serves it: what was got, and what is expected."""
+        reasons = list(self.others)
+        if self.op == "stem":
+            wanted = [Unit("conv1", (StemShape.K, 3, 7, 7), (2, 2), (3, 3))]
+        else:
+            main = [unit.weight[0] for unit in self.units[: len(self.units) - self.projected]]
+            wanted = [
+                Unit("", weight, (1, 1), (weight[2] // 2,) * 2)
+                for weight in _weights(self.sizes[1], main, self.projected)
+            ]
+            if len(main) not in (2, 3):
+                reasons.append(f"has {len(main)} convolutions, expected two or three")
+            if len(main) == 2 and self.projected:
+                reasons.append("has a projection, expected the identity")
+        # Where the number of convolutions is another one, nothing more is to be said of each.
+        pairs = zip(self.units, wanted, strict=False)
+        return reasons + [reason for unit, expected in pairs for reason in unit.differs(expected)]
+
+
+def _weights(C: int, outputs: Sequence[int], projected: bool) -> list[tuple[int, ...]]:
+    """The weights' shapes in a block from ``C`` channels that a kernel may serve, by its convolutions' outputs; of the
+    projection, too. Empty for other numbers of convolutions than two and three."""
+    if len(outputs) == 2:
+        return [(C, C, 3, 3)] * 2
+    if len(outputs) != 3:
+        return []
+    mid, K = outputs[0], outputs[2] if projected else C
+    return [(mid, C, 1, 1), (mid, mid, 3, 3), (K, mid, 1, 1)] + [(K, C, 1, 1)] * projected
+
+
+def shape_of(x: Tensor, convs, shortcut) -> BottleneckShape | BasicBlockShape | Unserved:
+    """The block as a kernel would see it: 1x1, 3x3, 1x1 of stride 1, or 3x3, 3x3 of stride 1 with the identity.
+    Everything else is :class:`Unserved`."""
     N, C, H, W = x.shape
-    mid, K = convs[0].weight.shape[0], convs[2].weight.shape[0]
-    shapes = [(mid, C), (mid, mid), (K, mid)] + [(K, C)] * (shortcut is not None)
-    found = [tuple(c.weight.shape[:2]) for c in (*convs, shortcut) if c is not None]
-    if shapes != found or (shortcut is None and K != C):
-        return None
-    return BottleneckShape(N, H, W, C, mid, K, shortcut is not None)
+    projected = shortcut is not None
+    units = (*convs, shortcut) if projected else tuple(convs)
+    outputs = [conv.weight.shape[0] for conv in convs]
+    wanted = _weights(C, outputs, projected)
+    if len(wanted) != len(units) or not all(map(_is, units, wanted)):
+        names = [f"conv{i}" for i in range(1, len(convs) + 1)] + ["the projection"] * projected
+        op = "basic_block" if len(convs) == 2 else "bottleneck"
+        return Unserved(op, (N, C, H, W), tuple(map(Unit.of, names, units)), projected)
+    if len(convs) == 2:
+        return BasicBlockShape(N, H, W, C)
+    return BottleneckShape(N, H, W, C, outputs[0], outputs[2], projected)
 
 
-def stem_shape(x: Tensor, conv, kernel: int, stride: int, padding: int) -> StemShape | None:
-    """The stem as a kernel would see it, or None where its geometry is not that of a ResNet; pooling as given."""
-    fits = _is(conv, (StemShape.K, 3, 7, 7), 2, 3) and (kernel, stride, padding) == (3, 2, 1)
-    fits = fits and x.shape[1] == 3 and max(x.stride()[1:]) < 2**31  # addresses inside an image take 32 bits
-    return StemShape(x.shape[0], *x.shape[2:]) if fits else None
+def stem_shape(x: Tensor, conv, kernel: int, stride: int, padding: int) -> StemShape | Unserved:
+    """The stem as a kernel would see it; :class:`Unserved` where its geometry is not that of a ResNet; pooling as
+    given."""
+    others = []
+    if (kernel, stride, padding) != (3, 2, 1):
+        got = f"window {kernel}, stride {stride}, padding {padding}"
+        others.append(f"max pooling has {got}, expected window 3, stride 2, padding 1")
+    if x.shape[1] != 3:
+        others.append(f"the input has {x.shape[1]} channels, expected 3")
+    if max(x.stride()[1:]) >= 2**31:  # addresses inside an image take 32 bits
+        others.append(f"the input has strides {_words(x.stride())}, expected those inside an image below 2**31")
+    if others or not _is(conv, (StemShape.K, 3, 7, 7), 2):
+        return Unserved("stem", tuple(x.shape), (Unit.of("conv1", conv),), False, tuple(others))
+    return StemShape(x.shape[0], *x.shape[2:])
 
 
-def _is(conv, shape: tuple[int, ...], stride: int, padding: int) -> bool:
-    """Whether ``conv`` has a weight of this shape, this stride and padding, and neither groups nor dilation."""
-    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return tuple(conv.weight.shape) == shape and geometry == ((stride,) * 2, (padding,) * 2, (1, 1), 1)
+def _is(conv, weight: tuple[int, ...], stride: int = 1) -> bool:
+    """Whether ``conv`` has a weight of this shape, this stride, half the kernel for padding, neither groups nor
+    dilation."""
+    given = (conv.weight.shape, conv.stride, conv.padding, conv.groups)
+    fits = given == (weight, (stride,) * 2, (weight[2] // 2,) * 2, 1)
+    return fits and (weight[2] == 1 or conv.dilation == (1, 1))
+
+
+#: What `fastres doctor` tells of as never served: the blocks of stride 2 that begin ResNet-50's and 18's second stage.
+TYPICALLY_UNSERVED = (
+    Unserved(
+        "bottleneck",
+        (8, 256, 56, 56),
+        (
+            Unit("conv1", (128, 256, 1, 1), (1, 1), (0, 0)),
+            Unit("conv2", (128, 128, 3, 3), (2, 2), (1, 1)),
+            Unit("conv3", (512, 128, 1, 1), (1, 1), (0, 0)),
+            Unit("the projection", (512, 256, 1, 1), (2, 2), (0, 0)),
+        ),
+        True,
+    ),
+    Unserved(
+        "basic_block",
+        (8, 64, 56, 56),
+        (
+            Unit("conv1", (128, 64, 3, 3), (2, 2), (1, 1)),
+            Unit("conv2", (128, 128, 3, 3), (1, 1), (1, 1)),
+            Unit("the projection", (128, 64, 1, 1), (2, 2), (0, 0)),
+        ),
+        True,
+    ),
+)
 
 
 def packing(kernels, shape: Shape) -> Callable[..., Tensor]:
@@ -127,14 +238,25 @@ def kernels_for(x: Tensor, shape, separate: Callable[[], Tensor], ours: Callable
     compute it; the backend's ``why_not_<shape.op>`` says what hinders it, ``proof`` (default `check`) what is wrong
     with its values."""
     name = dispatch.forced() or ("cuda" if x.device.type == "cuda" else "")
-    kernels = dispatch.load(name) if name else None
-    asked = f"why_not_{shape.op}"
-    if not hasattr(kernels, asked) or not x.numel():
+    if not name or not x.numel():
         return None
-    candidates = [k for k in versions(kernels, shape) if not getattr(k, asked)(x.device, x.dtype, shape)]
-    if not candidates or dispatch.forced():
-        return candidates[0] if candidates else None
+    kernels, asked = dispatch.load(name), f"why_not_{shape.op}"
     key = (x.device.index, x.dtype, shape)
+    if not hasattr(kernels, asked):
+        if x.device.type == "cuda":
+            _verdicts[key] = f"the backend {name} has no kernel for whole blocks", None
+        return None
+    if isinstance(shape, Unserved):
+        if key not in _verdicts:
+            _verdicts[key] = "; ".join(shape.reasons), None
+        return None
+    hindrances = {k: getattr(k, asked)(x.device, x.dtype, shape) for k in versions(kernels, shape)}
+    candidates = [k for k, reasons in hindrances.items() if not reasons]
+    if not candidates:
+        _verdicts[key] = _why_none(hindrances), None
+        return None
+    if dispatch.forced():
+        return candidates[0]
     verdict = _verdicts.get(key)
     if verdict is None:
         if torch.cuda.is_current_stream_capturing():
@@ -142,6 +264,26 @@ def kernels_for(x: Tensor, shape, separate: Callable[[], Tensor], ours: Callable
         with _lock:
             verdict = _verdicts[key] = _verdict(candidates, x, shape, separate, ours, proof or check)
     return verdict[1]
+
+
+def _why_none(hindrances: dict) -> str:
+    """The reasons of every version, each once."""
+    found = []
+    for kernels, reasons in hindrances.items():
+        version = getattr(kernels, "version", "")
+        found += [f"{version}: {reason}" if version else reason for reason in reasons]
+    return "; ".join(dict.fromkeys(found))
+
+
+def why_separate(x: Tensor, shape) -> str | None:
+    """Why `kernels_for` just gave none for ``shape`` on ``x``; None off the GPU, where whole blocks have no kernel to
+    miss."""
+    verdict = _verdicts.get((x.device.index, x.dtype, shape))
+    if verdict is not None:
+        return verdict[0]
+    if x.device.type == "cuda" and x.numel():
+        return "its first call came while a CUDA graph was captured, when no kernel can be verified"
+    return None
 
 
 def versions(kernels, shape) -> list:

@@ -163,19 +163,28 @@ def test_modules_use_it(emulator, monkeypatch):
     eval_cases.uses_kernel(block, x, emulator, "basic_block_eval", monkeypatch)
 
 
-@pytest.mark.parametrize("change", ["stride", "dilation", "groups", "padding", "channels", "shortcut"])
+OTHER_GEOMETRIES = {
+    "stride": (dict(stride=(2, 2)), "conv1 has stride 2x2, expected 1x1"),
+    "dilation": (dict(dilation=(2, 2), padding=(2, 2)), "conv1 has dilation 2x2, expected 1x1"),
+    "groups": (dict(groups=2, weight=torch.zeros(64, 32, 3, 3)), "conv1 has groups 2, expected 1"),
+    "padding": (dict(padding=(0, 0)), "conv1 has padding 0x0, expected 1x1"),
+    "channels": (dict(weight=torch.zeros(128, 64, 3, 3)), "conv1 has weight 128x64x3x3, expected 64x64x3x3"),
+    "shortcut": (dict(), "has a projection, expected the identity"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_GEOMETRIES)
 def test_other_geometries(change):
+    """No kernel's, and the reason names what was got and what is expected."""
     convs = [fastres.ConvBN(torch.zeros(64, 64, 3, 3), padding=(1, 1)) for _ in range(2)]
     x, shortcut = torch.zeros(2, 64, 8, 9), None
     assert whole_block.shape_of(x, convs, None) == BasicBlockShape(2, 8, 9, 64)
-    wrong = {"stride": dict(stride=(2, 2)), "dilation": dict(dilation=(2, 2), padding=(2, 2)),
-             "groups": dict(groups=2, weight=torch.zeros(64, 32, 3, 3)), "padding": dict(padding=(0, 0)),
-             "channels": dict(weight=torch.zeros(128, 64, 3, 3))}  # fmt: skip
+    wrong, words = OTHER_GEOMETRIES[change]
     if change == "shortcut":
         shortcut = fastres.ConvBN(torch.zeros(64, 64, 1, 1))
-    else:
-        convs[0] = convs[0]._replace(**wrong[change])
-    assert whole_block.shape_of(x, convs, shortcut) is None
+    convs[0] = convs[0]._replace(**wrong)
+    shape = whole_block.shape_of(x, convs, shortcut)
+    assert isinstance(shape, whole_block.Unserved) and words in shape.reasons
 
 
 # ---- what it moves

@@ -181,19 +181,32 @@ def test_modules_use_it(emulator, monkeypatch):
     assert not calls, "another window, and float32, go to separate calls"
 
 
-@pytest.mark.parametrize("change", ["stride", "dilation", "groups", "padding", "outputs", "pool", "channels", "far"])
+OTHER_GEOMETRIES = {
+    "stride": (dict(stride=(1, 1)), "conv1 has stride 1x1, expected 2x2"),
+    "dilation": (dict(dilation=(2, 2)), "conv1 has dilation 2x2, expected 1x1"),
+    "groups": (dict(groups=3), "conv1 has groups 3, expected 1"),
+    "padding": (dict(padding=(2, 3)), "conv1 has padding 2x3, expected 3x3"),
+    "outputs": (dict(weight=torch.zeros(32, 3, 7, 7)), "conv1 has weight 32x3x7x7, expected 64x3x7x7"),
+    "pool": (dict(), "max pooling has window 2, stride 2, padding 0, expected window 3, stride 2, padding 1"),
+    "channels": (dict(), "the input has 1 channels, expected 3"),
+    "far": (dict(), "the input has strides 0x1x2147483648x0, expected those inside an image below 2**31"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_GEOMETRIES)
 def test_other_geometries(change):
+    """No kernel's, and the reason names what was got and what is expected."""
     conv = fastres.ConvBN(torch.zeros(64, 3, 7, 7), stride=(2, 2), padding=(3, 3))
     x, pool = torch.zeros(2, 3, 8, 9), (3, 2, 1)
     assert whole_block.stem_shape(x, conv, *pool) == StemShape(2, 8, 9)
-    wrong = {"stride": dict(stride=(1, 1)), "dilation": dict(dilation=(2, 2)), "groups": dict(groups=3),
-             "padding": dict(padding=(2, 3)), "outputs": dict(weight=torch.zeros(32, 3, 7, 7))}  # fmt: skip
+    wrong, words = OTHER_GEOMETRIES[change]
     if change == "channels":
         x = torch.zeros(2, 1, 8, 9)
     elif change == "far":
         x = x.as_strided((1, 3, 1, 1), (0, 1, 2**31, 0))
     pool = (2, 2, 0) if change == "pool" else pool
-    assert whole_block.stem_shape(x, conv._replace(**wrong.get(change, {})), *pool) is None
+    shape = whole_block.stem_shape(x, conv._replace(**wrong), *pool)
+    assert isinstance(shape, whole_block.Unserved) and shape.reasons == [words]
 
 
 # ---- what it moves

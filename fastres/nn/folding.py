@@ -6,7 +6,7 @@ The cache lives beside the modules, not in them: state_dict, pickle and deepcopy
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -109,12 +109,16 @@ def folded_block(owner: nn.Module, x: Tensor, convs: Sequence[ConvBN], shortcut:
             h = _convolve(h, convs[i], weights[i], None, True)
         return _convolve(h, convs[last], weights[last], residual, True)
 
-    shape = whole_block.shape_of(x, convs, shortcut)
-    if shape is not None:
-        kernels = whole_block.kernels_for(x, shape, separate, lambda k: _in_one(k, x, shape, weights))
-        if kernels is not None:
-            return _in_one(kernels, x, shape, weights)
-    return separate()
+    return _in_one_or_separate(owner, x, whole_block.shape_of(x, convs, shortcut), weights, separate)
+
+
+def _in_one_or_separate(owner: nn.Module, x: Tensor, shape, units: list[Folded], separate: Callable[[], Tensor]):
+    """The block, or stem, by the kernel that serves it, or by separate convolutions, and then ``owner`` keeps why."""
+    kernels = whole_block.kernels_for(x, shape, separate, lambda k: _in_one(k, x, shape, units))
+    why = whole_block.why_separate(x, shape) if kernels is None else None
+    if owner._fastres_separate != why:
+        owner._fastres_separate = why
+    return separate() if kernels is None else _in_one(kernels, x, shape, units)
 
 
 def _in_one(kernels, x: Tensor, shape, units: list[Folded]) -> Tensor:
@@ -175,11 +179,7 @@ def folded_stem(owner: nn.Module, x: Tensor, conv: ConvBN, kernel: int, stride: 
         return F.max_pool2d(_convolve(x, conv, units[0], None, True), kernel, stride, padding)
 
     shape = whole_block.stem_shape(x, conv, kernel, stride, padding)
-    if shape is not None:
-        kernels = whole_block.kernels_for(x, shape, separate, lambda k: _in_one(k, x, shape, units))
-        if kernels is not None:
-            return _in_one(kernels, x, shape, units)
-    return separate()
+    return _in_one_or_separate(owner, x, shape, units, separate)
 
 
 def folded_conv(owner: nn.Module, x: Tensor, conv: ConvBN, residual: Tensor | None, relu: bool) -> Tensor:

@@ -78,8 +78,10 @@ def _run(blocks: list[nn.Module], x: Tensor) -> list[folding.Member]:
         if pairs is None or len(pairs) != 3:
             return run
         convs = tuple([read_conv_bn(conv, norm) for _, conv, norm in pairs])
-        shape = whole_block.shape_of(x, convs, None) if folding.can_fold(convs) else None
-        if shape is None or (run and shape != run[0].shape):
+        if not folding.can_fold(convs):
+            return run
+        shape = whole_block.shape_of(x, convs, None)
+        if isinstance(shape, whole_block.Unserved) or (run and shape != run[0].shape):
             return run
         run.append(folding.Member(block, convs, shape))
     return run
