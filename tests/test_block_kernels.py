@@ -11,7 +11,7 @@ from emulated import build_planted, call_planted
 from torch import nn
 
 import fastres
-from fastres import block_trials, dispatch, whole_block
+from fastres import block_geometry, block_trials, dispatch, whole_block
 from fastres import nn as fnn
 from fastres.backends import block_kernels, fragments
 from fastres.backends.block_kernels import BottleneckShape
@@ -179,14 +179,14 @@ def test_other_geometries(change):
         fastres.ConvBN(torch.zeros(64, 64, 1, 1)),
     ]
     x = torch.zeros(2, 64, 8, 9)
-    assert whole_block.shape_of(x, convs, None) == BottleneckShape(2, 8, 9, 64, 64, 64, False)
-    assert whole_block.shape_of(x, convs, convs[0]) == BottleneckShape(2, 8, 9, 64, 64, 64, True)
+    assert block_geometry.shape_of(x, convs, None) == BottleneckShape(2, 8, 9, 64, 64, 64, False)
+    assert block_geometry.shape_of(x, convs, convs[0]) == BottleneckShape(2, 8, 9, 64, 64, 64, True)
     wrong, words = OTHER_GEOMETRIES[change]
     convs[1] = convs[1]._replace(**wrong)
-    shape = whole_block.shape_of(x, convs, None)
-    assert isinstance(shape, whole_block.Unserved) and "; ".join(shape.reasons) == words
+    shape = block_geometry.shape_of(x, convs, None)
+    assert isinstance(shape, block_geometry.Unserved) and "; ".join(shape.reasons) == words
     for four in ([*convs, convs[0]], convs[:1]):
-        assert f"has {len(four)} convolutions, expected two or three" in whole_block.shape_of(x, four, None).reasons
+        assert f"has {len(four)} convolutions, expected two or three" in block_geometry.shape_of(x, four, None).reasons
 
 
 def strided_bottleneck():

@@ -184,9 +184,9 @@ def test_doctor_says_whose_cpu_convolutions_serve(command, monkeypatch):
 
 
 def test_doctor_lists_verdicts_on_whole_blocks(command, monkeypatch):
-    from fastres import whole_block
+    from fastres import block_geometry, whole_block
 
-    shape = whole_block.TYPICAL[1]
+    shape = block_geometry.TYPICAL[1]
     monkeypatch.setattr(whole_block, "verdicts", lambda: {f"{shape}, bfloat16": "separate convolutions take 9 us"})
     monkeypatch.setenv("FASTRES_ONE_PASS", "1")
     code, out, _ = command("doctor")

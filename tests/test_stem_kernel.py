@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastres
-from fastres import block_trials, whole_block
+from fastres import block_geometry, block_trials, whole_block
 from fastres import models as fmodels
 from fastres.backends import eval_kernels, fragments
 from fastres.backends.eval_kernels import StemShape
@@ -198,15 +198,15 @@ def test_other_geometries(change):
     """No kernel's, and the reason names what was got and what is expected."""
     conv = fastres.ConvBN(torch.zeros(64, 3, 7, 7), stride=(2, 2), padding=(3, 3))
     x, pool = torch.zeros(2, 3, 8, 9), (3, 2, 1)
-    assert whole_block.stem_shape(x, conv, *pool) == StemShape(2, 8, 9)
+    assert block_geometry.stem_shape(x, conv, *pool) == StemShape(2, 8, 9)
     wrong, words = OTHER_GEOMETRIES[change]
     if change == "channels":
         x = torch.zeros(2, 1, 8, 9)
     elif change == "far":
         x = x.as_strided((1, 3, 1, 1), (0, 1, 2**31, 0))
     pool = (2, 2, 0) if change == "pool" else pool
-    shape = whole_block.stem_shape(x, conv._replace(**wrong), *pool)
-    assert isinstance(shape, whole_block.Unserved) and shape.reasons == [words]
+    shape = block_geometry.stem_shape(x, conv._replace(**wrong), *pool)
+    assert isinstance(shape, block_geometry.Unserved) and shape.reasons == [words]
 
 
 # ---- what it moves

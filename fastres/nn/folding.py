@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastres import block_geometry, dispatch, rotated, whole_block
 from fastres import convolution as conv_lib
-from fastres import dispatch, rotated, whole_block
+from fastres.backends.block_kernels import BottleneckShape
 from fastres.ops.bn import as_given, nhwc
 from fastres.ops.conv_bn_act import conv_bias_act, fold_conv_bn
 from fastres.ops.params import ConvBN, compute_dtype
@@ -109,7 +110,7 @@ def folded_block(owner: nn.Module, x: Tensor, convs: Sequence[ConvBN], shortcut:
             h = _convolve(h, convs[i], weights[i], None, True)
         return _convolve(h, convs[last], weights[last], residual, True)
 
-    return _in_one_or_separate(owner, x, whole_block.shape_of(x, convs, shortcut), weights, separate)
+    return _in_one_or_separate(owner, x, block_geometry.shape_of(x, convs, shortcut), weights, separate)
 
 
 def _in_one_or_separate(owner: nn.Module, x: Tensor, shape, units: list[Folded], separate: Callable[[], Tensor]):
@@ -134,7 +135,7 @@ class Member(NamedTuple):
 
     block: nn.Module
     convs: tuple[ConvBN, ...]
-    shape: whole_block.BottleneckShape
+    shape: BottleneckShape
 
 
 def folded_run(run: Sequence[Member], x: Tensor) -> Tensor | None:
@@ -178,7 +179,7 @@ def folded_stem(owner: nn.Module, x: Tensor, conv: ConvBN, kernel: int, stride: 
     def separate() -> Tensor:
         return F.max_pool2d(_convolve(x, conv, units[0], None, True), kernel, stride, padding)
 
-    shape = whole_block.stem_shape(x, conv, kernel, stride, padding)
+    shape = block_geometry.stem_shape(x, conv, kernel, stride, padding)
     return _in_one_or_separate(owner, x, shape, units, separate)
 
 
