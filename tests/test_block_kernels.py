@@ -315,6 +315,8 @@ def test_traffic(emulator):
     assert counted["loaded"] == block_model.loaded_bytes(shape) + 4 * (2 * 8192 + biases)
     assert counted["loaded_once"] + counted["stored"] == pytest.approx(block_model.memory_bytes(shape), rel=0.001)
     assert counted["matrix_conflicts"] == counted["load_conflicts"] == 0
+    # As in the basic block: eight lanes store to two pixels, whose pitch is the one that the reads need.
+    assert counted["store_conflicts"] == 4 * 16 * 16 * 64 // 64 < 0.03 * counted["wavefronts"]
     assert counted["wavefronts"] > 0
 
 
