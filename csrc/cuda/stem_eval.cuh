@@ -51,7 +51,8 @@ DEVICE PooledPlace place_of(const StemShape& s, int tile) {
 // Where eight channels of a pixel of the convolution lie. Every other pixel has its halves changed over: eight lanes
 // store half of each of two neighbours, or load a whole one, and meet in no bank.
 DEVICE int place_in_conv(int row, int column, int unit) {
-    return (row * kConv + column) * kConvPitch + (unit ^ (row + column) % 2 * (kConvPitch / 2));
+    const int pixel = row * kConv + column;
+    return (pixel * kConvPitch + (pixel & 1) * (kConvPitch / 2)) ^ unit;
 }
 
 // The tile's part of the image, two elements a word, zero outside. Seen by all after a barrier.
