@@ -94,6 +94,7 @@ test-full: test
 SANITIZED := build/sanitized
 EMULATED_TESTS := tests/test_emulator.py tests/test_emulator_mma.py tests/test_emulator_hopper.py \
     tests/test_block_kernels.py tests/test_basic_block_kernel.py tests/test_stem_kernel.py \
+    tests/test_hopper_blocks.py tests/test_rotated_stage.py tests/test_cuda_conv.py \
     tests/test_batch_norm_one_pass.py
 RUNTIMES = $(foreach lib,asan ubsan stdc++,$(shell $${CXX:-c++} -print-file-name=lib$(lib).so))
 sanitize: $(DEPS)

@@ -13,7 +13,7 @@ import timing
 import torch
 from torch.nn import functional as F
 
-from fastres import block_trials, dispatch, whole_block
+from fastres import block_geometry, block_trials, dispatch, whole_block
 from fastres.backends.block_kernels import BottleneckShape
 from fastres.backends.eval_kernels import BasicBlockShape, StemShape
 
@@ -31,7 +31,7 @@ SMALL = (
 )
 
 
-def layers(batch: int) -> tuple[whole_block.Shape, ...]:
+def layers(batch: int) -> tuple[block_geometry.Shape, ...]:
     """The stem, blocks of stride 1 in the first two stages of ResNet-18 and 50, odd sizes as detection has them."""
     return (
         StemShape(batch, 224, 224),
@@ -45,7 +45,7 @@ def layers(batch: int) -> tuple[whole_block.Shape, ...]:
     )
 
 
-def why_not(kernels, device, dtype, shape: whole_block.Shape) -> list[str]:
+def why_not(kernels, device, dtype, shape: block_geometry.Shape) -> list[str]:
     ask = getattr(kernels, f"why_not_{shape.op}", None)
     return [f"{kernels.name} has no such kernel"] if ask is None else ask(device, dtype, shape)
 
@@ -122,14 +122,14 @@ def _stem(shape: StemShape, device, dtype):
 _THEIRS = {BottleneckShape: _bottleneck, BasicBlockShape: _basic_block, StemShape: _stem}
 
 
-def flops(shape: whole_block.Shape) -> int:
+def flops(shape: block_geometry.Shape) -> int:
     """Of the convolutions themselves."""
     if isinstance(shape, StemShape):
         return 2 * shape.N * -(-shape.H // 2) * -(-shape.W // 2) * 147 * shape.K
     return 2 * shape.N * shape.H * shape.W * shape.weights
 
 
-def contestants(kernels, shape: whole_block.Shape, device, dtype) -> dict[str, Callable[[], torch.Tensor]]:
+def contestants(kernels, shape: block_geometry.Shape, device, dtype) -> dict[str, Callable[[], torch.Tensor]]:
     """Ways to compute one block on the same data; those of PyTorch only where there is a GPU."""
     with torch.no_grad():
         launch, truth, _ = block_trials.trial(shape, device, dtype, False)
@@ -157,7 +157,7 @@ def run(emit, device, backend: str, rehearsal: bool) -> bool:
     return good
 
 
-def _time(emit, kernels, shape: whole_block.Shape, device, rehearsal: bool) -> None:
+def _time(emit, kernels, shape: block_geometry.Shape, device, rehearsal: bool) -> None:
     reasons = why_not(kernels, device, torch.bfloat16, shape)
     if reasons:
         emit(shape=str(shape), status="refused", why="; ".join(reasons))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from gpu_conv import EDGES, _in_processes, _verify
+from gpu_conv import _in_processes, _verify
 from torch.nn import functional as F
 
 from fastres import tuning
@@ -47,7 +47,11 @@ def contestants(request: ConvRequest) -> list[tuning.Choice]:
     return found
 
 
-def right(emit: Callable, device: torch.device, problems=EDGES) -> bool:
+#: More tiles of pixels than an output's statistics have: merge_moments joins them.
+MANY_TILES = ConvProblem(1, 2, 64 * 130, 8, 8, 1, 1)
+
+
+def right(emit: Callable, device: torch.device, problems) -> bool:
     """Every tile on small integers, bit for bit; tensors end where they end, for whoever watches the addresses."""
     good = True
     index = device.index or 0 if device.type == "cuda" else -1

@@ -166,7 +166,9 @@ def launch_once() -> bool:
     kernels = dispatch.load(served.backend)
     good &= gpu_blocks.right(emit, kernels, DEVICE, gpu_blocks.REHEARSED if REHEARSAL else gpu_blocks.SMALL)
     good &= gpu_rotated.right(emit, kernels, DEVICE, gpu_rotated.SMALL[:1] if REHEARSAL else gpu_rotated.SMALL)
-    good &= gpu_conv_layers.right(emit, DEVICE, gpu_conv.EDGES[:1] if REHEARSAL else gpu_conv.EDGES)
+    problems = (*gpu_conv.EDGES, gpu_conv_layers.MANY_TILES)
+    good &= gpu_conv_layers.right(emit, DEVICE, gpu_conv.EDGES[:1] if REHEARSAL else problems)
+    good &= gpu_shift.run(emit, DEVICE, served.backend)
     return good & gpu_one_pass.right(emit, kernels, DEVICE, ((7, 67), (64, 300)))
 
 

@@ -38,6 +38,9 @@ def section(found: dict, short: bool) -> Iterator[Table]:
         )
     if not blocks["typical"]:
         page.add_row("", "no GPU that torch can use")
+    for row in blocks["unserved"]:
+        why = escape("; ".join(row["why_not"]))
+        page.add_row("", f"{escape(row['shape'])}: separate convolutions on any GPU ({why})")
     yield page
 
 

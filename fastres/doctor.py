@@ -215,19 +215,21 @@ def matrix_unit() -> str:
 def whole_blocks(verify: bool = False) -> dict:
     """Evaluation blocks in one kernel: what was decided in this process, and which typical ones each GPU could take.
 
-    ``verify`` proves the kernels on those (not their speed, which the first call of a block measures).
+    ``verify`` proves the kernels on those (not their speed, which the first call of a block measures). And, with why,
+    the blocks of a ResNet that no GPU takes as one kernel.
     """
-    from fastres import dispatch, whole_block
+    from fastres import block_geometry, dispatch, whole_block
 
     kernels, rows = dispatch.load("cuda"), []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         device = torch.device("cuda", index)
-        for shape in whole_block.TYPICAL:
+        for shape in block_geometry.TYPICAL:
             why = getattr(kernels, f"why_not_{shape.op}")(device, torch.bfloat16, shape)
             if verify and not why:
                 why = [wrong] if (wrong := whole_block.check(kernels, device, torch.bfloat16, shape)) else []
             rows.append({"gpu": index, "shape": str(shape), "dtype": "bfloat16", "why_not": why})
-    return {"verdicts": whole_block.verdicts(), "typical": rows}
+    unserved = [{"shape": str(shape), "why_not": shape.reasons} for shape in block_geometry.TYPICALLY_UNSERVED]
+    return {"verdicts": whole_block.verdicts(), "typical": rows, "unserved": unserved}
 
 
 def one_pass() -> dict:

@@ -35,8 +35,8 @@ class RunShape:
 
 
 def run_shape(shapes: Sequence) -> RunShape | None:
-    """The run of blocks of these ``BottleneckShape`` (or None, for another block), or None: at least two identity
-    blocks of one shape."""
+    """The run of blocks of these ``BottleneckShape``, or None where it is no run: at least two identity blocks of one
+    shape. Otherwise the blocks run one by one, each with its own verdict."""
     first = shapes[0] if shapes else None
     if first is None or len(shapes) < 2 or first.projected or any(shape != first for shape in shapes):
         return None

@@ -22,63 +22,12 @@ from fastres.backends import fragments
 from fastres.backends.block_kernels import BottleneckShape
 from fastres.backends.eval_kernels import BasicBlockShape, StemShape
 from fastres.backends.reference import acc_dtype
-
-#: What a kernel is asked for.
-Shape = BottleneckShape | BasicBlockShape | StemShape
-
-#: What `fastres doctor` asks about: the stem and blocks of stride 1 in the first two stages of ResNet-18 and 50.
-TYPICAL = (
-    StemShape(8, 224, 224),
-    BasicBlockShape(8, 56, 56, 64),
-    BasicBlockShape(8, 28, 28, 128),
-    BottleneckShape(8, 56, 56, 64, 64, 256, True),
-    BottleneckShape(8, 56, 56, 256, 64, 256, False),
-    BottleneckShape(8, 28, 28, 512, 128, 512, False),
-)
+from fastres.block_geometry import Shape, Unserved
 
 #: (device index, dtype, shape) -> why the separate convolutions serve, or "" where a kernel does, and which.
 _verdicts: dict[tuple, tuple[str, object]] = {}
 _lock = threading.RLock()  # timing a run of blocks may need verdicts on its blocks
 _RUNS = 7
-
-
-def shape_of(x: Tensor, convs, shortcut) -> BottleneckShape | BasicBlockShape | None:
-    """The block as a kernel would see it, or None where its geometry is not 1x1, 3x3, 1x1 of stride 1, nor 3x3, 3x3 of
-    stride 1 with the identity."""
-    if len(convs) == 2 and shortcut is None:
-        N, C, H, W = x.shape
-        fits = all(_is(conv, (C, C, 3, 3), 1, 1) for conv in convs)
-        return BasicBlockShape(N, H, W, C) if fits else None
-    if len(convs) != 3:
-        return None
-    pointwise = ((1, 1), (0, 0))
-    for conv, kernel in zip((*convs, shortcut), ((1, 1), (3, 3), (1, 1), (1, 1)), strict=True):
-        if conv is None:
-            continue
-        stride, padding = pointwise if kernel == (1, 1) else ((1, 1), (1, 1))
-        fits = tuple(conv.weight.shape[2:]) == kernel and conv.stride == stride and conv.padding == padding
-        if not fits or conv.groups != 1 or (kernel == (3, 3) and conv.dilation != (1, 1)):
-            return None
-    N, C, H, W = x.shape
-    mid, K = convs[0].weight.shape[0], convs[2].weight.shape[0]
-    shapes = [(mid, C), (mid, mid), (K, mid)] + [(K, C)] * (shortcut is not None)
-    found = [tuple(c.weight.shape[:2]) for c in (*convs, shortcut) if c is not None]
-    if shapes != found or (shortcut is None and K != C):
-        return None
-    return BottleneckShape(N, H, W, C, mid, K, shortcut is not None)
-
-
-def stem_shape(x: Tensor, conv, kernel: int, stride: int, padding: int) -> StemShape | None:
-    """The stem as a kernel would see it, or None where its geometry is not that of a ResNet; pooling as given."""
-    fits = _is(conv, (StemShape.K, 3, 7, 7), 2, 3) and (kernel, stride, padding) == (3, 2, 1)
-    fits = fits and x.shape[1] == 3 and max(x.stride()[1:]) < 2**31  # addresses inside an image take 32 bits
-    return StemShape(x.shape[0], *x.shape[2:]) if fits else None
-
-
-def _is(conv, shape: tuple[int, ...], stride: int, padding: int) -> bool:
-    """Whether ``conv`` has a weight of this shape, this stride and padding, and neither groups nor dilation."""
-    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return tuple(conv.weight.shape) == shape and geometry == ((stride,) * 2, (padding,) * 2, (1, 1), 1)
 
 
 def packing(kernels, shape: Shape) -> Callable[..., Tensor]:
@@ -127,14 +76,25 @@ def kernels_for(x: Tensor, shape, separate: Callable[[], Tensor], ours: Callable
     compute it; the backend's ``why_not_<shape.op>`` says what hinders it, ``proof`` (default `check`) what is wrong
     with its values."""
     name = dispatch.forced() or ("cuda" if x.device.type == "cuda" else "")
-    kernels = dispatch.load(name) if name else None
-    asked = f"why_not_{shape.op}"
-    if not hasattr(kernels, asked) or not x.numel():
+    if not name or not x.numel():
         return None
-    candidates = [k for k in versions(kernels, shape) if not getattr(k, asked)(x.device, x.dtype, shape)]
-    if not candidates or dispatch.forced():
-        return candidates[0] if candidates else None
+    kernels, asked = dispatch.load(name), f"why_not_{shape.op}"
     key = (x.device.index, x.dtype, shape)
+    if not hasattr(kernels, asked):
+        if x.device.type == "cuda":
+            _verdicts[key] = f"the backend {name} has no kernel for whole blocks", None
+        return None
+    if isinstance(shape, Unserved):
+        if key not in _verdicts:
+            _verdicts[key] = "; ".join(shape.reasons), None
+        return None
+    hindrances = {k: getattr(k, asked)(x.device, x.dtype, shape) for k in versions(kernels, shape)}
+    candidates = [k for k, reasons in hindrances.items() if not reasons]
+    if not candidates:
+        _verdicts[key] = _why_none(hindrances), None
+        return None
+    if dispatch.forced():
+        return candidates[0]
     verdict = _verdicts.get(key)
     if verdict is None:
         if torch.cuda.is_current_stream_capturing():
@@ -142,6 +102,26 @@ def kernels_for(x: Tensor, shape, separate: Callable[[], Tensor], ours: Callable
         with _lock:
             verdict = _verdicts[key] = _verdict(candidates, x, shape, separate, ours, proof or check)
     return verdict[1]
+
+
+def _why_none(hindrances: dict) -> str:
+    """The reasons of every version, each once."""
+    found = []
+    for kernels, reasons in hindrances.items():
+        version = getattr(kernels, "version", "")
+        found += [f"{version}: {reason}" if version else reason for reason in reasons]
+    return "; ".join(dict.fromkeys(found))
+
+
+def why_separate(x: Tensor, shape) -> str | None:
+    """Why `kernels_for` just gave none for ``shape`` on ``x``; None off the GPU, where whole blocks have no kernel to
+    miss."""
+    verdict = _verdicts.get((x.device.index, x.dtype, shape))
+    if verdict is not None:
+        return verdict[0]
+    if x.device.type == "cuda" and x.numel():
+        return "its first call came while a CUDA graph was captured, when no kernel can be verified"
+    return None
 
 
 def versions(kernels, shape) -> list:

@@ -11,7 +11,7 @@ from emulated import build_planted, call_planted
 from torch import nn
 
 import fastres
-from fastres import block_trials, dispatch, whole_block
+from fastres import block_geometry, block_trials, dispatch, whole_block
 from fastres import nn as fnn
 from fastres.backends import block_kernels, fragments
 from fastres.backends.block_kernels import BottleneckShape
@@ -159,21 +159,76 @@ def test_modules_use_it(emulator, monkeypatch, projected):
     eval_cases.uses_kernel(block, x, emulator, "bottleneck_eval", monkeypatch)
 
 
-@pytest.mark.parametrize("change", ["stride", "dilation", "groups", "bias"])
+OTHER_GEOMETRIES = {
+    "stride": (dict(stride=(2, 2)), "conv2 has stride 2x2, expected 1x1"),
+    "dilation": (dict(dilation=(2, 2), padding=(2, 2)),
+                 "conv2 has padding 2x2, expected 1x1; conv2 has dilation 2x2, expected 1x1"),
+    "groups": (dict(groups=2, weight=torch.zeros(64, 32, 3, 3)),
+               "conv2 has weight 64x32x3x3, expected 64x64x3x3; conv2 has groups 2, expected 1"),
+    "padding": (dict(padding=(0, 0)), "conv2 has padding 0x0, expected 1x1"),
+    "channels": (dict(weight=torch.zeros(32, 64, 3, 3)), "conv2 has weight 32x64x3x3, expected 64x64x3x3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", OTHER_GEOMETRIES)
 def test_other_geometries(change):
+    """No kernel's, and the reason names what was got and what is expected."""
     convs = [
         fastres.ConvBN(torch.zeros(64, 64, 1, 1)),
         fastres.ConvBN(torch.zeros(64, 64, 3, 3), padding=(1, 1)),
         fastres.ConvBN(torch.zeros(64, 64, 1, 1)),
     ]
     x = torch.zeros(2, 64, 8, 9)
-    assert whole_block.shape_of(x, convs, None) == BottleneckShape(2, 8, 9, 64, 64, 64, False)
-    assert whole_block.shape_of(x, convs, convs[0]) == BottleneckShape(2, 8, 9, 64, 64, 64, True)
-    assert whole_block.shape_of(x, convs[:2], None) is None
-    wrong = {"stride": dict(stride=(2, 2)), "dilation": dict(dilation=(2, 2), padding=(2, 2)),
-             "groups": dict(groups=2, weight=torch.zeros(64, 32, 3, 3)), "bias": dict(padding=(0, 0))}  # fmt: skip
-    convs[1] = convs[1]._replace(**wrong[change])
-    assert whole_block.shape_of(x, convs, None) is None
+    assert block_geometry.shape_of(x, convs, None) == BottleneckShape(2, 8, 9, 64, 64, 64, False)
+    assert block_geometry.shape_of(x, convs, convs[0]) == BottleneckShape(2, 8, 9, 64, 64, 64, True)
+    wrong, words = OTHER_GEOMETRIES[change]
+    convs[1] = convs[1]._replace(**wrong)
+    shape = block_geometry.shape_of(x, convs, None)
+    assert isinstance(shape, block_geometry.Unserved) and "; ".join(shape.reasons) == words
+    for four in ([*convs, convs[0]], convs[:1]):
+        assert f"has {len(four)} convolutions, expected two or three" in block_geometry.shape_of(x, four, None).reasons
+
+
+def strided_bottleneck():
+    """The first block of torchvision's second stage, and an input."""
+    down = nn.Sequential(nn.Conv2d(64, 128, 1, 2, bias=False), nn.BatchNorm2d(128))
+    block = eval_cases.ready(fnn.Bottleneck(64, 32, stride=2, downsample=down))
+    return fastres.fuse(block, fold=True), torch.randn(1, 64, 6, 8, dtype=torch.bfloat16)
+
+
+def test_a_strided_block_says_why(emulator):
+    """Where users look: the report of the model, and the verdicts of the process."""
+    block, x = strided_bottleneck()
+    whole_block.forget()
+    with torch.no_grad():
+        block(x)
+        assert fastres.report(block).rows[0].separate is None, "on a CPU there is no kernel to miss"
+        with fastres.backend("emulator"):
+            block(x)
+    why = "conv2 has stride 2x2, expected 1x1; the projection has stride 2x2, expected 1x1"
+    name = "bottleneck 1x64x6x8 -> 32 -> 128, stride 2x2 with a projection, bfloat16"
+    assert whole_block.verdicts() == {name: why}
+    (row,) = fastres.report(block).rows
+    assert row.separate == why and f"evaluated by separate convolutions: {why}" in str(fastres.report(block))
+    fastres.fuse(block)
+    assert fastres.report(block).rows[0].separate is None
+    whole_block.forget()
+
+
+def test_unserved_channels_say_why(emulator):
+    """A geometry that is right, in sizes or a dtype that no kernel has; one that has is told apart."""
+    block = fastres.fuse(eval_cases.ready(fnn.Bottleneck(128, 32)), fold=True)
+    whole_block.forget()
+    with torch.no_grad(), fastres.backend("emulator"):
+        block(torch.randn(1, 128, 4, 4, dtype=torch.bfloat16))
+        (why,) = whole_block.verdicts().values()
+        assert fastres.report(block).rows[0].separate == why and "64 and 128 channels inside are served, not 32" in why
+        served = fastres.fuse(eval_cases.ready(fnn.Bottleneck(256, 64)), fold=True)
+        served(torch.randn(1, 256, 4, 4, dtype=torch.bfloat16))
+        assert fastres.report(served).rows[0].separate is None
+        served.float()(torch.randn(1, 256, 4, 4))
+        assert "bfloat16 and float16 are served, not float32" in fastres.report(served).rows[0].separate
+    whole_block.forget()
 
 
 class FakeGpu:
@@ -197,12 +252,14 @@ def test_automatic_choice(monkeypatch, times, served):
     whole_block.forget()
     ask = lambda: whole_block.kernels_for(FakeGpu(), shape, lambda: None, lambda k: None)  # noqa: E731
     assert ask() is None and not asked
+    assert "while a CUDA graph was captured" in whole_block.why_separate(FakeGpu(), shape)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for _ in range(2):
         assert (ask() is kernels) == served
     assert asked == ["check", "time", "time"]
     (verdict,) = whole_block.verdicts().values()
     assert ("separate convolutions take 10 us, one kernel 20 us" == verdict) == (not served)
+    assert whole_block.why_separate(FakeGpu(), shape) == verdict
     whole_block.forget()
 
 
@@ -258,6 +315,8 @@ def test_traffic(emulator):
     assert counted["loaded"] == block_model.loaded_bytes(shape) + 4 * (2 * 8192 + biases)
     assert counted["loaded_once"] + counted["stored"] == pytest.approx(block_model.memory_bytes(shape), rel=0.001)
     assert counted["matrix_conflicts"] == counted["load_conflicts"] == 0
+    # As in the basic block: eight lanes store to two pixels, whose pitch is the one that the reads need.
+    assert counted["store_conflicts"] == 4 * 16 * 16 * 64 // 64 < 0.03 * counted["wavefronts"]
     assert counted["wavefronts"] > 0
 
 

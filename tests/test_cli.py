@@ -185,17 +185,20 @@ def test_doctor_says_whose_cpu_convolutions_serve(command, monkeypatch):
 
 
 def test_doctor_lists_verdicts_on_whole_blocks(command, monkeypatch):
-    from fastres import whole_block
+    from fastres import block_geometry, whole_block
 
-    shape = whole_block.TYPICAL[1]
+    shape = block_geometry.TYPICAL[1]
     monkeypatch.setattr(whole_block, "verdicts", lambda: {f"{shape}, bfloat16": "separate convolutions take 9 us"})
     monkeypatch.setenv("FASTRES_ONE_PASS", "1")
     code, out, _ = command("doctor")
     flat = " ".join(out.split())
     assert code == 0 and "basic block 8x64x56x56 with an identity, bfloat16: separate convolutions take 9 us" in flat
     assert "asked for (FASTRES_ONE_PASS=1)" in flat
+    assert "stride 2x2 with a projection: separate convolutions on any GPU (conv2 has stride 2x2, expected 1x1;" in flat
     found = doctor.examine()
     assert found["one_pass"]["asked"] and found["whole_blocks"]["verdicts"]
+    for row in found["whole_blocks"]["unserved"]:
+        assert any("stride 2x2, expected 1x1" in why for why in row["why_not"]), row
 
 
 def test_doctor_says_why_when_extensions_are_missing(monkeypatch):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastres
-from fastres import block_trials, whole_block
+from fastres import block_geometry, block_trials, whole_block
 from fastres import models as fmodels
 from fastres.backends import eval_kernels, fragments
 from fastres.backends.eval_kernels import StemShape
@@ -108,7 +108,7 @@ def test_nan_and_infinity(emulator, bad):
     [
         ({}, torch.bfloat16, A100, ""),
         ({}, torch.float32, A100, "bfloat16 and float16 are served, not float32"),
-        ({}, torch.float16, Chip("small", 1, 48 * 1024, 48 * 1024), "62488 bytes of shared memory are needed"),
+        ({}, torch.float16, Chip("small", 1, 48 * 1024, 48 * 1024), "58888 bytes of shared memory are needed"),
         ({"W": 1 << 20}, torch.float16, A100, "no side may be 2\\*\\*20 or more"),
         ({"N": 1 << 19, "H": 1 << 12, "W": 1 << 12}, torch.float16, A100, "fewer than 2\\*\\*30 tiles"),
     ],
@@ -181,27 +181,40 @@ def test_modules_use_it(emulator, monkeypatch):
     assert not calls, "another window, and float32, go to separate calls"
 
 
-@pytest.mark.parametrize("change", ["stride", "dilation", "groups", "padding", "outputs", "pool", "channels", "far"])
+OTHER_GEOMETRIES = {
+    "stride": (dict(stride=(1, 1)), "conv1 has stride 1x1, expected 2x2"),
+    "dilation": (dict(dilation=(2, 2)), "conv1 has dilation 2x2, expected 1x1"),
+    "groups": (dict(groups=3), "conv1 has groups 3, expected 1"),
+    "padding": (dict(padding=(2, 3)), "conv1 has padding 2x3, expected 3x3"),
+    "outputs": (dict(weight=torch.zeros(32, 3, 7, 7)), "conv1 has weight 32x3x7x7, expected 64x3x7x7"),
+    "pool": (dict(), "max pooling has window 2, stride 2, padding 0, expected window 3, stride 2, padding 1"),
+    "channels": (dict(), "the input has 1 channels, expected 3"),
+    "far": (dict(), "the input has strides 0x1x2147483648x0, expected those inside an image below 2**31"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_GEOMETRIES)
 def test_other_geometries(change):
+    """No kernel's, and the reason names what was got and what is expected."""
     conv = fastres.ConvBN(torch.zeros(64, 3, 7, 7), stride=(2, 2), padding=(3, 3))
     x, pool = torch.zeros(2, 3, 8, 9), (3, 2, 1)
-    assert whole_block.stem_shape(x, conv, *pool) == StemShape(2, 8, 9)
-    wrong = {"stride": dict(stride=(1, 1)), "dilation": dict(dilation=(2, 2)), "groups": dict(groups=3),
-             "padding": dict(padding=(2, 3)), "outputs": dict(weight=torch.zeros(32, 3, 7, 7))}  # fmt: skip
+    assert block_geometry.stem_shape(x, conv, *pool) == StemShape(2, 8, 9)
+    wrong, words = OTHER_GEOMETRIES[change]
     if change == "channels":
         x = torch.zeros(2, 1, 8, 9)
     elif change == "far":
         x = x.as_strided((1, 3, 1, 1), (0, 1, 2**31, 0))
     pool = (2, 2, 0) if change == "pool" else pool
-    assert whole_block.stem_shape(x, conv._replace(**wrong.get(change, {})), *pool) is None
+    shape = block_geometry.stem_shape(x, conv._replace(**wrong), *pool)
+    assert isinstance(shape, block_geometry.Unserved) and shape.reasons == [words]
 
 
 # ---- what it moves
 
 
 def test_traffic(emulator):
-    """The image and what the pooling leaves reach DRAM, nothing between. No read waits for a bank: not of the image,
-    not of weights, not of the pooling."""
+    """The image and what the pooling leaves reach DRAM, nothing between. Nothing waits for a bank: no read of the image,
+    of weights, of the pooling, and no store of the convolution."""
     shape = StemShape(1, 56, 112)
     launch, truth, _ = block_trials.trial(shape, CPU, torch.bfloat16, True)
     out = nan_output(shape, torch.bfloat16)
@@ -215,7 +228,7 @@ def test_traffic(emulator):
     # From L2 what the model says for two blocks of threads, and for every tile the biases once a lane.
     biases = 8 * 32 * 2 * 32 * eval_model.tiles(shape)
     assert counted["loaded"] == eval_model.loaded_bytes(shape, blocks=2) + biases
-    assert counted["word_conflicts"] == counted["load_conflicts"] == 0
+    assert counted["word_conflicts"] == counted["load_conflicts"] == counted["store_conflicts"] == 0
     assert counted["wavefronts"] > 0
 
 

@@ -44,7 +44,7 @@ LAYERS = (
     # Plain data; a stopwatch; torch alone; what figures share; the machine.
     ("fastres.problem", "fastres.bench.timing", "fastres.graphs", "fastres.drawing", "fastres.machine"),
     ("fastres.backends", "fastres.library", "fastres.memory"),
-    ("fastres.verify", "fastres.dispatch", "fastres.convolution", "fastres.whole_block", "fastres.rotated"),
+    ("fastres.verify", "fastres.dispatch", "fastres.convolution", "fastres.block_geometry"),
     (
         "fastres.tuning",
         "fastres.tuning_cache",

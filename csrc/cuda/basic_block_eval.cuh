@@ -32,34 +32,16 @@ DEVICE void load_image(const BottleneckShape& s, const T* x, const TilePlace& at
     copy_async_wait<0>();
 }
 
-// A 3x3 over pixels in shared memory, kWidth in a row: two rows of 16 outputs, of which `pixel` is this lane's first
-// tap. A warp that is not `active` takes the weights along and gives zeros.
+// The 3x3 over pixels in shared memory, kWidth in a row: kRowsPerWarp rows of outputs, of which `pixel` is this lane's
+// first tap.
 template <class T, int kMid, int kWidth, class S, class W>
 DEVICE void conv3x3(Sums<kRowsPerWarp, kMid / 8>& d, int pixel, bool active, S shared, W& weights) {
-    constexpr int kTiles = kMid / 8, kParts = kMid * kMid / 4096, kSteps = 256 / kMid;  // chunks of a tap, their steps
-    const int lane = afresh(thread_index()) % kWarp;
-    clear(d);
-#pragma unroll 1
-    for (int r = 0; r < 3; ++r) {
-#pragma unroll 1
-        for (int t = 0; t < 3; ++t) {
-            const int tap = (pixel + r * kWidth + t) * kPitch<kMid> + lane / 16;
+    int unit[kRowsPerWarp];
 #pragma unroll
-            for (int part = 0; part < kParts; ++part) {
-                const int stage = weights.take() + lane;
-                if (!active) continue;
-#pragma unroll
-                for (int k = 0; k < kSteps; ++k) {
-                    u32 a[kRowsPerWarp][4];
-#pragma unroll
-                    for (int i = 0; i < kRowsPerWarp; ++i) {
-                        load_matrix<4, false>(a[i], shared, tap + i * kWidth * kPitch<kMid> + 2 * (part * kSteps + k));
-                    }
-                    step<T, kRowsPerWarp, kTiles>(d, a, shared, stage + k * kTiles / 2 * kFragmentUnits);
-                }
-            }
-        }
+    for (int i = 0; i < kRowsPerWarp; ++i) {
+        unit[i] = (pixel + i * kWidth) * kPitch<kMid> + thread_index() % kWarp / 16;
     }
+    taps<T, kMid>(d, unit, kWidth * kPitch<kMid>, active, shared, weights);
 }
 
 // conv1 on the halo, in the place of x; zero outside of the image.
@@ -79,11 +61,7 @@ DEVICE void first_conv(const BottleneckShape& s, const float* bias, const TilePl
             const PixelPair pixel = pixels(s, at.h0 - 1 + row + i, at.w0 - 1, kHalo, lane);
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                float y[kVec];
-                row_of<kMid / 8>(y, d[i], 4 * group, e);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) y[j] += b[j];
-                Word4 packed = relu_pack<T>(y);
+                Word4 packed = activated<T, kMid / 8>(d[i], 4 * group, e, b);
                 if (pixel.p[e] < 0) packed = Word4{{0, 0, 0, 0}};  // padding is zero after the bias
                 const int place = (row + i) * kHalo + lane / 4 + 8 * e;
                 store_shared16(shared, place * kPitch<kMid> + 4 * group + lane % 4, packed);
@@ -119,13 +97,7 @@ DEVICE void second_conv(const BottleneckShape& s, const T* x, const float* bias,
         for (int i = 0; i < kRowsPerWarp; ++i) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                float v[kVec], r[kVec];
-                row_of<kMid / 8>(v, d[i], 4 * group, e);
-                const Word4& w = residual[i][e];
-                unpack(Pack<T>{{w.w[0], w.w[1], w.w[2], w.w[3]}}, r);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) v[j] = v[j] + b[j] + r[j];
-                const Word4 packed = relu_pack<T>(v);
+                const Word4 packed = activated<T, kMid / 8>(d[i], 4 * group, e, b, residual[i][e]);
                 if (pixel[i].p[e] >= 0) store16(at_pixel(out, pixel[i].p[e], kMid, 32 * group), packed);
             }
         }

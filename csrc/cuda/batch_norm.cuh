@@ -65,6 +65,27 @@ DEVICE Moments start_moments(const Rows& s, const Place& at, const T* x) {
     return m;
 }
 
+// Of a thread's rows. Each goes to `visit(i, row)` as well, before its chunk joins. kLast: x is read no more.
+template <class A, bool kLast, class T, class Visit>
+DEVICE Moments moments_of(const Rows& s, const Place& at, const T* x, Visit visit) {
+    constexpr int kChunk = kChunkRows<T>;
+    Moments moments = start_moments<A>(s, at, x);
+    for (i64 i = 0; i < at.n; i += kChunk) {
+        const int rows = static_cast<int>(least<i64>(at.n - i, kChunk));
+        Pack<T> raw[kChunk];
+#pragma unroll
+        for (int u = 0; u < kChunk; ++u) {
+            if (u < rows) raw[u] = load_pack<A, kLast>(x + (at.lo + (i + u) * s.depth) * s.C + at.c, at.valid);
+        }
+#pragma unroll
+        for (int u = 0; u < kChunk; ++u) {
+            if (u < rows) visit(i + u, raw[u]);
+        }
+        moments.join(raw, rows);
+    }
+    return moments;
+}
+
 // The block's tile of part [3, T, C].
 template <class S, class T>
 DEVICE void write_moments(const Rows& s, const Place& at, S& shared, const Moments& m, const T* x, float* part) {
@@ -179,6 +200,75 @@ DEVICE u32 relu_bits(const Affine& bn, const float (&x)[kVec], Pack<T>& rounded)
     for (int j = 0; j < kVec; ++j) v[j] = bn(x[j], j);
     rounded = pack<T>(v);
     return passed(rounded);
+}
+
+// What a thread's rows add to the sums of a backward: the masked gradient, and that times x - mean, also for a residual
+// with a BN of its own.
+struct GradientSums {
+    float g[kVec] = {}, gx[kVec] = {}, gr[kVec] = {};
+};
+
+// Of a thread's rows, with y, the activation, where asked for. Each goes to `visit(i, masked gradient, x)` as well.
+// kLast: nothing of this is read again.
+template <class A, class M, class R, bool kLast, class T, class Visit>
+DEVICE GradientSums gradient_sums(const Rows& s, const Place& at, const T* grad, const T* x, const float* stat,
+                                  const T* residual, const float* rstat, const u8* mask, int relu, T* y, Visit visit) {
+    constexpr int kStep = kUnroll<T, A>;
+    GradientSums sum;
+    if (at.n == 0) return sum;
+    Affine bn{};
+    float rmean[kVec] = {};
+    if constexpr (kRecomputes<M>) {
+        bn = load_affine<A>(stat, s, at);
+    } else {
+        load_params<A>(stat + kMean * s.C + at.c, at.valid, bn.mean);
+    }
+    if constexpr (kHasResidualBn<R>) load_params<A>(rstat + kMean * s.C + at.c, at.valid, rmean);
+
+    for (i64 i = 0; i < at.n; i += kStep) {
+        Pack<T> gs[kStep], xs[kStep], rs[kStep];
+        u32 bits[kStep];
+#pragma unroll
+        for (int u = 0; u < kStep; ++u) {
+            if (i + u < at.n) {
+                const i64 row = at.lo + (i + u) * s.depth, offset = row * s.C + at.c;
+                gs[u] = load_pack<A, kLast>(grad + offset, at.valid);
+                xs[u] = load_pack<A, kLast>(x + offset, at.valid);
+                if constexpr (kHasResidualBn<R>) rs[u] = load_pack<A, kLast>(residual + offset, at.valid);
+                bits[u] = relu && mask ? mask[row * s.groups + at.group] : 0xffu;
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < kStep; ++u) {
+            if (i + u < at.n) {
+                float g[kVec], v[kVec];
+                unpack(xs[u], v);
+                if constexpr (kRecomputes<M>) {
+                    Pack<T> act;
+                    const u32 own = relu_bits(bn, v, act);
+                    if (relu && !mask) bits[u] = own;
+                    if (y) {
+                        const i64 offset = (at.lo + (i + u) * s.depth) * s.C + at.c;
+                        store_pack<A>(y + offset, relu ? keep(act, own) : act, at.valid);
+                    }
+                }
+                const Pack<T> masked = keep(gs[u], bits[u]);
+                visit(i + u, masked, xs[u]);
+                unpack(masked, g);
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) {
+                    sum.g[j] += g[j];
+                    sum.gx[j] = fused(g[j], v[j] - bn.mean[j], sum.gx[j]);
+                }
+                if constexpr (kHasResidualBn<R>) {
+                    unpack(rs[u], v);
+#pragma unroll
+                    for (int j = 0; j < kVec; ++j) sum.gr[j] = fused(g[j], v[j] - rmean[j], sum.gr[j]);
+                }
+            }
+        }
+    }
+    return sum;
 }
 
 // coef and parameter gradients of the kFinalChannels channels from `first` on; as finalize_stat.

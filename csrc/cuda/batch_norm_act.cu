@@ -7,19 +7,9 @@ namespace FASTRES_BACKEND {
 template <class T, class A>
 KERNEL(2)
 bn_stats_kernel(Rows s, const T* x, float* part) {
-    constexpr int kChunk = kChunkRows<T>;
     SHARED(float, shared, 2 * kTile);
     const Place at = place(s);
-    Moments moments = start_moments<A>(s, at, x);
-    for (i64 i = 0; i < at.n; i += kChunk) {
-        const int rows = static_cast<int>(least<i64>(at.n - i, kChunk));
-        Pack<T> raw[kChunk];
-#pragma unroll
-        for (int u = 0; u < kChunk; ++u) {
-            if (u < rows) raw[u] = load_pack<A, false>(x + (at.lo + (i + u) * s.depth) * s.C + at.c, at.valid);
-        }
-        moments.join(raw, rows);
-    }
+    const Moments moments = moments_of<A, false>(s, at, x, [](i64, const Pack<T>&) {});
     write_moments(s, at, shared, moments, x, part);
 }
 

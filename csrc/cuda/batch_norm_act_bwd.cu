@@ -11,62 +11,11 @@ bn_bwd_reduce_kernel(Rows s, const T* grad, const T* x, const float* stat, const
     constexpr int kPlanes = kHasResidualBn<R> ? 3 : 2;
     SHARED(float, shared, kPlanes* kTile);
     const Place at = place(s);
-    float sum_g[kVec] = {}, sum_gx[kVec] = {}, sum_gr[kVec] = {};
-    if (at.n > 0) {
-        Affine bn{};
-        float rmean[kVec] = {};
-        if constexpr (kRecomputes<M>) {
-            bn = load_affine<A>(stat, s, at);
-        } else {
-            load_params<A>(stat + kMean * s.C + at.c, at.valid, bn.mean);
-        }
-        if constexpr (kHasResidualBn<R>) load_params<A>(rstat + kMean * s.C + at.c, at.valid, rmean);
-
-        for (i64 i = 0; i < at.n; i += kUnroll<T, A>) {
-            Pack<T> gs[kUnroll<T, A>], xs[kUnroll<T, A>], rs[kUnroll<T, A>];
-            u32 bits[kUnroll<T, A>];
-#pragma unroll
-            for (int u = 0; u < kUnroll<T, A>; ++u) {
-                if (i + u < at.n) {
-                    const i64 row = at.lo + (i + u) * s.depth, offset = row * s.C + at.c;
-                    gs[u] = load_pack<A, false>(grad + offset, at.valid);
-                    xs[u] = load_pack<A, false>(x + offset, at.valid);
-                    if constexpr (kHasResidualBn<R>) rs[u] = load_pack<A, false>(residual + offset, at.valid);
-                    bits[u] = relu && mask ? mask[row * s.groups + at.group] : 0xffu;
-                }
-            }
-#pragma unroll
-            for (int u = 0; u < kUnroll<T, A>; ++u) {
-                if (i + u < at.n) {
-                    float g[kVec], v[kVec];
-                    unpack(xs[u], v);
-                    if constexpr (kRecomputes<M>) {
-                        Pack<T> act;
-                        const u32 own = relu_bits(bn, v, act);
-                        if (relu && !mask) bits[u] = own;
-                        if (y) {
-                            const i64 offset = (at.lo + (i + u) * s.depth) * s.C + at.c;
-                            store_pack<A>(y + offset, relu ? keep(act, own) : act, at.valid);
-                        }
-                    }
-                    unpack(keep(gs[u], bits[u]), g);
-#pragma unroll
-                    for (int j = 0; j < kVec; ++j) {
-                        sum_g[j] += g[j];
-                        sum_gx[j] = fused(g[j], v[j] - bn.mean[j], sum_gx[j]);
-                    }
-                    if constexpr (kHasResidualBn<R>) {
-                        unpack(rs[u], v);
-#pragma unroll
-                        for (int j = 0; j < kVec; ++j) sum_gr[j] = fused(g[j], v[j] - rmean[j], sum_gr[j]);
-                    }
-                }
-            }
-        }
-    }
-    put(shared, 0, sum_g);
-    put(shared, 1, sum_gx);
-    if constexpr (kHasResidualBn<R>) put(shared, 2, sum_gr);
+    const GradientSums sum = gradient_sums<A, M, R, false>(s, at, grad, x, stat, residual, rstat, mask, relu, y,
+                                                           [](i64, const Pack<T>&, const Pack<T>&) {});
+    put(shared, 0, sum.g);
+    put(shared, 1, sum.gx);
+    if constexpr (kHasResidualBn<R>) put(shared, 2, sum.gr);
     sync_block();
     write_sums<kPlanes>(s, at, shared, part);
 }

@@ -37,27 +37,14 @@ template <class T, class A, class R>
 KERNEL(kResidentBlocks)
 bn_one_pass_fwd_kernel(Rows s, const T* x, const float* weight, const float* bias, double eps, const T* residual,
                        const float* rstat, int relu, float* part, float* stat, T* out, u8* mask) {
-    constexpr int kChunk = kChunkRows<T>, kStep = kUnroll<T, A>;
+    constexpr int kStep = kUnroll<T, A>;
     SHARED(float, shared, 2 * kTile);
     SHARED(double, merge, kWarps* kFinalChannels);
     DYNAMIC_SHARED(Word4, store);
     const Place at = place(s);
     const auto offset = [&](i64 i) { return (at.lo + i * s.depth) * s.C + at.c; };
 
-    Moments moments = start_moments<A>(s, at, x);
-    for (i64 i = 0; i < at.n; i += kChunk) {
-        const int rows = static_cast<int>(least<i64>(at.n - i, kChunk));
-        Pack<T> raw[kChunk];
-#pragma unroll
-        for (int u = 0; u < kChunk; ++u) {
-            if (u < rows) raw[u] = load_pack<A, true>(x + offset(i + u), at.valid);
-        }
-#pragma unroll
-        for (int u = 0; u < kChunk; ++u) {
-            if (u < rows) park(store, i + u, raw[u]);
-        }
-        moments.join(raw, rows);
-    }
+    const Moments moments = moments_of<A, true>(s, at, x, [&](i64 i, const Pack<T>& row) { park(store, i, row); });
     write_moments(s, at, shared, moments, x, part);
     sync_grid();
     for (i64 group = first_group(); group * kFinalChannels < s.C; group += s.blocks * s.channel_blocks) {
@@ -91,60 +78,20 @@ template <class T, class A, class M>
 KERNEL(kResidentBlocks)
 bn_one_pass_bwd_kernel(Rows s, const T* grad, const T* x, const float* stat, const u8* mask, int relu, int batch_stats,
                        float* part, float* dweight, float* dbias, float* coef, T* dx, T* dres, T* y) {
-    constexpr int kStep = kUnroll<T, A>;
     SHARED(float, shared, 2 * kTile);
     SHARED(double, merge, kWarps* kFinalChannels);
     DYNAMIC_SHARED(Word4, store);
     const Place at = place(s);
     const auto offset = [&](i64 i) { return (at.lo + i * s.depth) * s.C + at.c; };
 
-    float sum_g[kVec] = {}, sum_gx[kVec] = {};
-    {
-        Affine bn{};
-        if (at.n > 0) {
-            if constexpr (kRecomputes<M>) {
-                bn = load_affine<A>(stat, s, at);
-            } else {
-                load_params<A>(stat + kMean * s.C + at.c, at.valid, bn.mean);
-            }
-        }
-        for (i64 i = 0; i < at.n; i += kStep) {
-            Pack<T> gs[kStep], xs[kStep];
-            u32 bits[kStep];
-#pragma unroll
-            for (int u = 0; u < kStep; ++u) {
-                if (i + u < at.n) {
-                    gs[u] = load_pack<A, true>(grad + offset(i + u), at.valid);
-                    xs[u] = load_pack<A, true>(x + offset(i + u), at.valid);
-                    bits[u] = relu && mask ? mask[(at.lo + (i + u) * s.depth) * s.groups + at.group] : 0xffu;
-                }
-            }
-#pragma unroll
-            for (int u = 0; u < kStep; ++u) {
-                if (i + u < at.n) {
-                    float g[kVec], v[kVec];
-                    unpack(xs[u], v);
-                    if constexpr (kRecomputes<M>) {
-                        Pack<T> act;
-                        const u32 own = relu_bits(bn, v, act);
-                        if (relu && !mask) bits[u] = own;
-                        if (y) store_pack<A>(y + offset(i + u), relu ? keep(act, own) : act, at.valid);
-                    }
-                    const Pack<T> masked = keep(gs[u], bits[u]);
-                    park(store, 2 * (i + u), masked);
-                    park(store, 2 * (i + u) + 1, xs[u]);
-                    unpack(masked, g);
-#pragma unroll
-                    for (int j = 0; j < kVec; ++j) {
-                        sum_g[j] += g[j];
-                        sum_gx[j] = fused(g[j], v[j] - bn.mean[j], sum_gx[j]);
-                    }
-                }
-            }
-        }
-    }
-    put(shared, 0, sum_g);
-    put(shared, 1, sum_gx);
+    const GradientSums sum =
+        gradient_sums<A, M, NoResidual, true>(s, at, grad, x, stat, static_cast<const T*>(nullptr), nullptr, mask, relu,
+                                              y, [&](i64 i, const Pack<T>& masked, const Pack<T>& row) {
+                                                  park(store, 2 * i, masked);
+                                                  park(store, 2 * i + 1, row);
+                                              });
+    put(shared, 0, sum.g);
+    put(shared, 1, sum.gx);
     sync_block();
     write_sums<2>(s, at, shared, part);
     sync_grid();

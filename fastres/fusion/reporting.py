@@ -21,7 +21,8 @@ class Row:
 
     path: as in ``named_modules`` ("" is the model itself). kind: its class before fusing. op: the op that serves it, or
     None where PyTorch does. options: of ``fuse``, as far as they are not the defaults. reasons: why it was left alone.
-    last_call: why a fused module left its last refused call to its own forward, if there was one.
+    last_call: why a fused module left its last refused call to its own forward, if there was one. separate: why its
+    last evaluation on a GPU, with weights folded, ran as separate convolutions; None if it was one kernel.
     """
 
     path: str
@@ -30,6 +31,7 @@ class Row:
     options: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     last_call: str | None = None
+    separate: str | None = None
 
     @property
     def notes(self) -> str:
@@ -37,6 +39,8 @@ class Row:
         notes += self.reasons
         if self.last_call:
             notes.append(f"a call was left to PyTorch: {self.last_call}")
+        if self.separate:
+            notes.append(f"evaluated by separate convolutions: {self.separate}")
         return "; ".join(notes)
 
 
@@ -109,7 +113,8 @@ def report(model: nn.Module) -> Report:
             reasons = tuple(registry.Adapter(original, kind).why_not(module)) if kind._fastres_original else ()
             reasons = reasons or tuple(kind._fastres_structure(module))
             op = None if reasons else kind._fastres_op
-            rows.append(Row(path, qualified(original), op, _options(module), reasons, module._fastres_left))
+            noted = module._fastres_left, module._fastres_separate
+            rows.append(Row(path, qualified(original), op, _options(module), reasons, *noted))
         elif kind in known:
             reasons = registry.why_not(known[kind], module, paths) or ["not fused yet: call fastres.fuse"]
             rows.append(Row(path, qualified(kind), None, (), tuple(reasons)))

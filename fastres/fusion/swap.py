@@ -56,7 +56,8 @@ def fuse(model: nn.Module, *, memory: str = "default", fold: bool = False) -> nn
     fused = [m for m in modules if isinstance(m, Fused)]
     for module in fused:
         folding.drop(module)
-        module._fastres_memory, module._fastres_fold, module._fastres_left = memory, fold, None
+        module._fastres_memory, module._fastres_fold = memory, fold
+        module._fastres_left = module._fastres_separate = None
     if not fused:
         warnings.warn(
             f"fastres.fuse: nothing in {type(model).__name__} could be fused; print(fastres.report(model)) says why",
@@ -76,7 +77,8 @@ def restore(model: nn.Module) -> nn.Module:
             continue
         if type(module)._fastres_original is None:
             folding.drop(module)
-            module._fastres_memory, module._fastres_fold, module._fastres_left = "default", False, None
+            module._fastres_memory, module._fastres_fold = "default", False
+            module._fastres_left = module._fastres_separate = None
         elif type(module) is FusedStage or type(module) is registry.fused_classes().get(type(module)._fastres_original):
             unfuse(module)
         else:

@@ -6,15 +6,16 @@ The cache lives beside the modules, not in them: state_dict, pickle and deepcopy
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastres import block_geometry, dispatch, rotated, whole_block
 from fastres import convolution as conv_lib
-from fastres import dispatch, rotated, whole_block
+from fastres.backends.block_kernels import BottleneckShape
 from fastres.ops.bn import as_given, nhwc
 from fastres.ops.conv_bn_act import conv_bias_act, fold_conv_bn
 from fastres.ops.params import ConvBN, compute_dtype
@@ -109,12 +110,16 @@ def folded_block(owner: nn.Module, x: Tensor, convs: Sequence[ConvBN], shortcut:
             h = _convolve(h, convs[i], weights[i], None, True)
         return _convolve(h, convs[last], weights[last], residual, True)
 
-    shape = whole_block.shape_of(x, convs, shortcut)
-    if shape is not None:
-        kernels = whole_block.kernels_for(x, shape, separate, lambda k: _in_one(k, x, shape, weights))
-        if kernels is not None:
-            return _in_one(kernels, x, shape, weights)
-    return separate()
+    return _in_one_or_separate(owner, x, block_geometry.shape_of(x, convs, shortcut), weights, separate)
+
+
+def _in_one_or_separate(owner: nn.Module, x: Tensor, shape, units: list[Folded], separate: Callable[[], Tensor]):
+    """The block, or stem, by the kernel that serves it, or by separate convolutions, and then ``owner`` keeps why."""
+    kernels = whole_block.kernels_for(x, shape, separate, lambda k: _in_one(k, x, shape, units))
+    why = whole_block.why_separate(x, shape) if kernels is None else None
+    if owner._fastres_separate != why:
+        owner._fastres_separate = why
+    return separate() if kernels is None else _in_one(kernels, x, shape, units)
 
 
 def _in_one(kernels, x: Tensor, shape, units: list[Folded]) -> Tensor:
@@ -130,7 +135,7 @@ class Member(NamedTuple):
 
     block: nn.Module
     convs: tuple[ConvBN, ...]
-    shape: whole_block.BottleneckShape
+    shape: BottleneckShape
 
 
 def folded_run(run: Sequence[Member], x: Tensor) -> Tensor | None:
@@ -174,12 +179,8 @@ def folded_stem(owner: nn.Module, x: Tensor, conv: ConvBN, kernel: int, stride: 
     def separate() -> Tensor:
         return F.max_pool2d(_convolve(x, conv, units[0], None, True), kernel, stride, padding)
 
-    shape = whole_block.stem_shape(x, conv, kernel, stride, padding)
-    if shape is not None:
-        kernels = whole_block.kernels_for(x, shape, separate, lambda k: _in_one(k, x, shape, units))
-        if kernels is not None:
-            return _in_one(kernels, x, shape, units)
-    return separate()
+    shape = block_geometry.stem_shape(x, conv, kernel, stride, padding)
+    return _in_one_or_separate(owner, x, shape, units, separate)
 
 
 def folded_conv(owner: nn.Module, x: Tensor, conv: ConvBN, residual: Tensor | None, relu: bool) -> Tensor:

@@ -34,6 +34,7 @@ class Fused:
     _fastres_memory = "default"
     _fastres_fold = False
     _fastres_left: str | None = None  # why a call was last left to the module's own forward
+    _fastres_separate: str | None = None  # why its last evaluation on a GPU was not one kernel
 
     @classmethod
     def _fastres_structure(cls, module: nn.Module) -> list[str]:

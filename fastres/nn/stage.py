@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastres import dispatch, whole_block
+from fastres import block_geometry, dispatch
 from fastres.nn import fitness, folding
 from fastres.nn.fused import Fused, FusedBlock
 from fastres.nn.reading import read_conv_bn
@@ -78,8 +78,10 @@ def _run(blocks: list[nn.Module], x: Tensor) -> list[folding.Member]:
         if pairs is None or len(pairs) != 3:
             return run
         convs = tuple([read_conv_bn(conv, norm) for _, conv, norm in pairs])
-        shape = whole_block.shape_of(x, convs, None) if folding.can_fold(convs) else None
-        if shape is None or (run and shape != run[0].shape):
+        if not folding.can_fold(convs):
+            return run
+        shape = block_geometry.shape_of(x, convs, None)
+        if isinstance(shape, block_geometry.Unserved) or (run and shape != run[0].shape):
             return run
         run.append(folding.Member(block, convs, shape))
     return run
