@@ -128,12 +128,13 @@ class CpuSegment:
         key = self._size(shape, isa, threads)
         if key not in self._choices:
             kinds = {p: p.kinds(self.dtype, self.precision) for p in self._packed()}
+            measured = min(shape[0], _IMAGES), *shape[1:]
             if any(len(of_conv) > 1 for of_conv in kinds.values()) and torch.Size(shape).numel():
-                measured = min(shape[0], _IMAGES), *shape[1:]
                 self._choices[key] = self._measured(measured, kinds)
-                self._turns[key] = self._best_turns(measured, self._choices[key].__getitem__)
             else:
                 self._choices[key] = {p: Choice(DIRECT) for p in kinds}
+            if torch.Size(shape).numel():
+                self._turns[key] = self._best_turns(measured, self._choices[key].__getitem__)
             for p in kinds:
                 p.keep(isa, {chosen[p].out for (of, *_), chosen in self._choices.items() if of == isa})
         return self._choices[key]

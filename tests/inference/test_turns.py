@@ -76,6 +76,16 @@ def test_turns_are_taken_where_they_were_faster(monkeypatch, images):
         assert [note in k.note for k in kernels] == [taken and at < 3 for at in range(len(kernels))], batch
 
 
+def test_turns_are_measured_where_every_convolution_has_one_kernel(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        cpu_executor.CpuSegment, "_best_turns", lambda self, shape, pick: asked.append(shape) or ALL_AT_ONCE
+    )
+    of = cpu_executor.CpuSegment(segment(network(BasicBlock)).segment, torch.float32, "exact")
+    of.run(torch.randn(4, 3, 40, 40))
+    assert asked == [(4, 3, 40, 40)]
+
+
 def test_the_measured_choice_is_turns_or_none():
     of = segment(network(BasicBlock))
     assert of._best_turns((1, 3, 40, 40), lambda packed: Choice(DIRECT)) == ALL_AT_ONCE
