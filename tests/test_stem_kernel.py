@@ -108,7 +108,7 @@ def test_nan_and_infinity(emulator, bad):
     [
         ({}, torch.bfloat16, A100, ""),
         ({}, torch.float32, A100, "bfloat16 and float16 are served, not float32"),
-        ({}, torch.float16, Chip("small", 1, 48 * 1024, 48 * 1024), "58888 bytes of shared memory are needed"),
+        ({}, torch.float16, Chip("small", 1, 48 * 1024, 48 * 1024), "62488 bytes of shared memory are needed"),
         ({"W": 1 << 20}, torch.float16, A100, "no side may be 2\\*\\*20 or more"),
         ({"N": 1 << 19, "H": 1 << 12, "W": 1 << 12}, torch.float16, A100, "fewer than 2\\*\\*30 tiles"),
     ],
@@ -213,8 +213,8 @@ def test_other_geometries(change):
 
 
 def test_traffic(emulator):
-    """The image and what the pooling leaves reach DRAM, nothing between. Nothing waits for a bank: no read of the image,
-    of weights, of the pooling, and no store of the convolution."""
+    """The image and what the pooling leaves reach DRAM, nothing between. No read waits for a bank: not of the image,
+    not of weights, not of the pooling."""
     shape = StemShape(1, 56, 112)
     launch, truth, _ = block_trials.trial(shape, CPU, torch.bfloat16, True)
     out = nan_output(shape, torch.bfloat16)
@@ -228,7 +228,13 @@ def test_traffic(emulator):
     # From L2 what the model says for two blocks of threads, and for every tile the biases once a lane.
     biases = 8 * 32 * 2 * 32 * eval_model.tiles(shape)
     assert counted["loaded"] == eval_model.loaded_bytes(shape, blocks=2) + biases
-    assert counted["word_conflicts"] == counted["load_conflicts"] == counted["store_conflicts"] == 0
+    assert counted["word_conflicts"] == counted["load_conflicts"] == 0
+    # What the convolution gives is stored by eight lanes at a time, 64 bytes to each of two neighbours, which share a
+    # bank at this pitch. In each of a tile's 15 rows that are seven pairs, twice 32 channels: 210 waits. The last pair
+    # meets the 16th column, which is dropped; the emulator, which pairs a lane's n-th store with the others' n-th,
+    # may miss waits there but for six pairs counts all.
+    tiles = eval_model.tiles(shape)
+    assert 180 * tiles <= counted["store_conflicts"] <= 210 * tiles
     assert counted["wavefronts"] > 0
 
 

@@ -19,7 +19,9 @@ constexpr int kFilter = 7, kColours = 3;
 constexpr int kRowGroups = 3;  // of eight elements along k, in a row of the filter
 constexpr int kStemSteps = (kFilter * kRowGroups + 1) / 2;
 constexpr int kPatchWords = (2 * kColours * (kConv - 1) + kRowGroups * 8) / 2;  // of a row
-constexpr int kConvPitch = kStemOutputs / kVec;                                 // Word4s of a pixel
+// Word4s of a pixel. Stores to it wait once for a bank. With eight, and the halves of every other pixel changed over,
+// none does; but then nvcc 13.0 spills, in one form of it on sm_80 and sm_90a, in another on sm_100.
+constexpr int kConvPitch = kStemOutputs / kVec + 1;
 constexpr int kConvUnits = kConv * kConv * kConvPitch;
 constexpr int kStemUnits = kStemSteps * kStemOutputs / 16 * kFragmentUnits;  // of weights
 constexpr i64 kStemSharedBytes = (kConvUnits + kStemUnits) * i64{16};
@@ -46,13 +48,6 @@ DEVICE PooledPlace place_of(const StemShape& s, int tile) {
     at.q0 = (tile - row * s.tiles_w) * kPooled;
     at.p0 = (row - at.image * s.tiles_h) * kPooled;
     return at;
-}
-
-// Where eight channels of a pixel of the convolution lie. Every other pixel has its halves changed over: eight lanes
-// store half of each of two neighbours, or load a whole one, and meet in no bank.
-DEVICE int place_in_conv(int row, int column, int unit) {
-    const int pixel = row * kConv + column;
-    return (pixel * kConvPitch + (pixel & 1) * (kConvPitch / 2)) ^ unit;
 }
 
 // The tile's part of the image, two elements a word, zero outside. Seen by all after a barrier.
@@ -131,7 +126,7 @@ DEVICE void stem_conv(const StemShape& s, const float* bias, const PooledPlace& 
                 Word4 packed = relu_pack<T>(y);
                 if (h < 0 || h >= s.conv_h || w < 0 || w >= s.conv_w) packed = Word4{{0, 0, 0, 0}};
                 if (row < kConv && column < kConv) {
-                    store_shared16(shared, place_in_conv(row, column, 4 * group + lane % 4), packed);
+                    store_shared16(shared, (row * kConv + column) * kConvPitch + 4 * group + lane % 4, packed);
                 }
             }
         }
@@ -149,7 +144,7 @@ DEVICE void stem_pool(const StemShape& s, const PooledPlace& at, S shared, T* ou
         for (int r = 0; r < 3; ++r) {
 #pragma unroll
             for (int t = 0; t < 3; ++t) {
-                const Word4 v = load_shared16(shared, place_in_conv(2 * p + r, 2 * q + t, unit));
+                const Word4 v = load_shared16(shared, ((2 * p + r) * kConv + 2 * q + t) * kConvPitch + unit);
                 // What a ReLU gave is ordered as the numbers that its bits are, a NaN above all.
 #pragma unroll
                 for (int j = 0; j < 4; ++j) best.w[j] = larger_halves(best.w[j], v.w[j]);

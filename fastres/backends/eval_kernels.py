@@ -83,7 +83,7 @@ TILE = 14
 BASIC_BLOCKS = (Config(64, 71232, 0, 2), Config(128, 112704, 0, 1))
 #: Pooled pixels of a tile, a side; csrc/cuda/stem_eval.cuh: kPooled, kStemSharedBytes, the patch, kStemBlocks.
 POOLED = 7
-STEM = Config(64, 51328, 7560, 2)
+STEM = Config(64, 54928, 7560, 2)
 
 
 def _common(shape, dtype: torch.dtype, config: Config | None, chip, tiles: int) -> list[str]:
