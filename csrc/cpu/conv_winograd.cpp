@@ -145,7 +145,7 @@ class Winograd {
     template <class Span>
     FR_INLINE void one(const T* const (&pixels)[A][A], i64 c, float* to, Span span) const {
         vf columns[A][A];
-#pragma GCC unroll 9
+#pragma GCC unroll 6
         for (int j = 0; j < A; ++j) {
             vf d[A], r[A];
 #pragma GCC unroll 9
@@ -154,7 +154,7 @@ class Winograd {
 #pragma GCC unroll 9
             for (int i = 0; i < A; ++i) columns[i][j] = r[i];
         }
-#pragma GCC unroll 9
+#pragma GCC unroll 6
         for (int i = 0; i < A; ++i) {
             vf r[A];
             Of::input(columns[i], r);
@@ -207,7 +207,7 @@ class Winograd {
     FR_INLINE void back(const float* m, i64 out, i64 k, int rows, int columns, Span span) const {
         const vf bias = bias_ ? span.load(bias_ + k) : vf{};
         vf half[kOut][A];
-#pragma GCC unroll 9
+#pragma GCC unroll 6
         for (int j = 0; j < A; ++j) {
             vf d[A], r[kOut];
 #pragma GCC unroll 9
