@@ -33,7 +33,7 @@ struct Direct {
 struct WeightsLayout {
     i64 blocks, panels, panel_floats;  // of the input channels, of the output channels, floats of one of these
     i64 inputs, in_blocks;             // channels that a panel reads, and their blocks
-    int last_width;  // channels of the last of in_blocks
+    int last_width;                    // channels of the last of in_blocks
 };
 WeightsLayout weights_layout(const Direct& problem);
 

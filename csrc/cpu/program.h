@@ -29,8 +29,8 @@ struct Step {
     Parts parts = {};  // of kBlock, with what matrix_block takes
 };
 
-// The first `steps` run `times`, each on x_bytes of the input: what lies between them stays in the caches. The tensor at
-// `place` is theirs together, place_bytes of it in turn.
+// The first `steps` run `times`, each on x_bytes of the input: what lies between them stays in the caches. The tensor
+// at `place` is theirs together, place_bytes of it in turn.
 struct Turns {
     i64 steps = 0, times = 1, x_bytes = 0, place = kNone, place_bytes = 0;
 };
