@@ -283,6 +283,7 @@ void run(const ConvShape* g, const float* const* packed, const float* const* bia
     const Network net{count, levels, projected ? &projection : nullptr};
     const i64 edge = elements;
     if (there) elements += kPair * g[0].C;
+    elements = scratch_elements(elements);
 
     const Scratch table(steps * sizeof(i64)), memory(threads * elements * sizeof(u16));
     for (int k = 0; k < count; ++k)

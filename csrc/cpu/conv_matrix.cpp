@@ -145,7 +145,7 @@ void run(const ConvShape& g, const T* x, const u16* w, const float* bias, const 
     }
     const i64 images = strip / g.P + 2;
     const Planes planes(g, strip + images * (Planes::rows_of(g, 1)), kHalves<T>);
-    const i64 elements = there ? kPair * g.C : planes.elements();
+    const i64 elements = scratch_elements(there ? kPair * g.C : planes.elements());
     const Scratch scratch(threads * elements * sizeof(u16)), offsets(steps * sizeof(i64));
     steps_to(g, planes, there, static_cast<i64*>(offsets.get()));
     const Finish<T> finish(y, residual, bias, relu, g.K);

@@ -83,6 +83,9 @@ FR_INLINE void accumulate(Tiles& t, const Operand& o, const u16* x0, i64 panel, 
     }
 }
 
+// From one thread's scratch memory to the next, in bfloat16, where it needs so many.
+inline i64 scratch_elements(i64 elements) { return scratch_pitch(elements * i64(sizeof(u16))) / i64(sizeof(u16)); }
+
 // A part of memory that will be read, fetched into L2 a little with every block.
 struct Ahead {
     const char *next = nullptr, *end = nullptr;

@@ -30,7 +30,10 @@ class Worker {
     }
 
     // The ring, then an input row for each slot and one of zeros, hi and lo.
-    i64 scratch_floats() const { return pooled_.ring_floats() + low_ * (kHalves<T> ? 2 : 1) / 2; }
+    i64 scratch_floats() const {
+        const i64 floats = pooled_.ring_floats() + low_ * (kHalves<T> ? 2 : 1) / 2;
+        return scratch_pitch(floats * i64(sizeof(float))) / i64(sizeof(float));
+    }
 
     void run(i64 first, i64 last, float* ring) {
         u16* rows = reinterpret_cast<u16*>(ring + pooled_.ring_floats());

@@ -178,31 +178,39 @@ class CpuSegment:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.dtype)
         x = nhwc(x) if x.dim() == 4 else x
 
-        def seconds(built: Built) -> list[float]:
-            """Of each node, the least of some runs."""
-            y, runs = torch.empty(built.out_shape, dtype=self.dtype), []
+        def seconds(*built: Built) -> list[list[float]]:
+            """Of each network's nodes, the least of some runs, in turns: what else the machine does meets all alike."""
+            y = torch.empty(built[0].out_shape, dtype=self.dtype)
+            runs = [[] for _ in built]
             for _ in range(_RUNS):
-                runs.append([0.0] * len(self.segment.nodes))
-                steps = built.program.timed(x.data_ptr(), y.data_ptr(), torch.get_num_threads())
-                for node, time in zip(built.nodes, steps, strict=True):
-                    runs[-1][node] += time
-            return [min(times) for times in zip(*runs[1:], strict=True)]
+                for b, of_network in zip(built, runs, strict=True):
+                    of_network.append([0.0] * len(self.segment.nodes))
+                    steps = b.program.timed(x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+                    for node, time in zip(b.nodes, steps, strict=True):
+                        of_network[-1][node] += time
+            return [[min(times) for times in zip(*of_network[1:], strict=True)] for of_network in runs]
 
         divisors = [images for images in (1, 2, 4) if images < shape[0] and shape[0] % images == 0]
         if not divisors:
             return ALL_AT_ONCE
-        whole = seconds(self._build(shape, pick))
-        best, saved = ALL_AT_ONCE, 0.0
-        for images in divisors:
-            gain = 0.0
-            for nodes, time in enumerate(seconds(self._build((images, *shape[1:]), pick)), 1):
-                gain += whole[nodes - 1] - time * (shape[0] // images)
-                if gain > saved:
-                    best, saved = Turns(nodes, images), gain
+        at_once = self._build(shape, pick)
+        whole, *parts = seconds(at_once, *(self._build((images, *shape[1:]), pick) for images in divisors))
+        found = []
+        for images, part in zip(divisors, parts, strict=True):
+            gain, gains = 0.0, []
+            for all_images, time in zip(whole, part, strict=True):
+                gain += all_images - time * (shape[0] // images)
+                gains.append(gain)
+            if max(gains) > 0:
+                found.append(Turns(gains.index(max(gains)) + 1, images))
         # What follows the turns finds its input elsewhere: only the whole tells.
-        if best.nodes and sum(seconds(self._build(shape, pick, best))) < (1 - _WORTH) * sum(whole):
-            return best
-        return ALL_AT_ONCE
+        best, least = ALL_AT_ONCE, (1 - _WORTH)
+        if found:
+            whole, *split = (sum(s) for s in seconds(at_once, *(self._build(shape, pick, turns) for turns in found)))
+            for turns, time in zip(found, split, strict=True):
+                if time < least * whole:
+                    best, least = turns, time / whole
+        return best
 
     def choices(self) -> list[dict]:
         """``size``: of the input, see ``_chosen``; ``kernels``: the fields of `Choice` of each node's convolutions."""
