@@ -153,7 +153,8 @@ class Worker {
         const Operand o[1] = {input(k, x, rows)};
         const float* bias = level.bias;
         blocks<T, 1>(
-            tiles_, sums_, o, pixels_of(level, rows), 0, panels_of(g), false, edge_, place, [](const i64*, i64, i64) {},
+            tiles_, sums_, o, pixels_of(level, rows), 0, panels_of(g), false, level.there ? edge_ : nullptr, place,
+            [](const i64*, i64, i64) {},
             [&](const float* sums, const i64* at, i64 n, i64 panel) {
                 into_planes(sums, at, n, bias + panel * kPair, to + panel * p.chunk, p.low);
             });
@@ -194,13 +195,13 @@ class Worker {
         const i64 count = pixels_of(level, rows), panels = panels_of(g);
         if (!net_.projection) {
             const Operand o[1] = {input(last_, x, rows)};
-            blocks<T, 1>(tiles_, sums_, o, count, 0, panels, false, edge_, place, before, done);
+            blocks<T, 1>(tiles_, sums_, o, count, 0, panels, false, nullptr, place, before, done);
             return;
         }
         gather(x, rows, pitch);
         const Operand o[2] = {input(last_, x, rows),
                               operand(*net_.projection, memory_ + net_.projection->data, kDepth)};
-        blocks<T, 2>(tiles_, sums_, o, count, 0, panels, false, edge_, place, before, done);
+        blocks<T, 2>(tiles_, sums_, o, count, 0, panels, false, nullptr, place, before, done);
     }
 
     // The pixels that the projection reads, at the pitch of the last convolution's.

@@ -59,7 +59,7 @@ class Worker {
         operand_.pitch = g_.C;
         groups(panel0, panel1, [&](i64 g0, i64 g1) {
             i64 at = (first - 1) * g_.K;
-            pixels(last - first, g0, g1, true, [&] { return at += g_.K; });
+            pixels(last - first, g0, g1, true, scratch_, [&] { return at += g_.K; });
         });
     }
 
@@ -76,7 +76,7 @@ class Worker {
                 parts(r, end, [&](i64 image, i64 i0, i64 n, i64 row) {
                     operand_.x = scratch_ + row * planes_.pitch * kDepth;
                     i64 at = (image * g_.P + i0) * g_.Q * g_.K, j = 0;
-                    pixels((n - 1) * planes_.pitch + g_.Q, g0, g1, fetch, [&]() -> i64 {
+                    pixels((n - 1) * planes_.pitch + g_.Q, g0, g1, fetch, nullptr, [&]() -> i64 {
                         if (j == planes_.pitch) j = 0;
                         if (j++ >= g_.Q) return -1;
                         at += g_.K;
@@ -110,9 +110,9 @@ class Worker {
     }
 
     template <class Next>
-    void pixels(i64 count, i64 g0, i64 g1, bool fetch, Next&& next) {
+    void pixels(i64 count, i64 g0, i64 g1, bool fetch, u16* edge, Next&& next) {
         blocks<T, 1>(
-            tiles_, sums_, {operand_}, count, g0, g1, fetch, scratch_, next,
+            tiles_, sums_, {operand_}, count, g0, g1, fetch, edge, next,
             [&](const i64* at, i64 n, i64 g) { finish_.own(at, n, g); },
             [&](const float* sums, const i64* at, i64 n, i64 g) { finish_(sums, at, n, g); });
     }

@@ -123,7 +123,7 @@ FR_INLINE void blocks(Tiles& t, Sums& sums, const Operand (&o)[kOperands], i64 c
         for (i64 i = 0; i < n; ++i) here[i] = next();
         const u16* x[kOperands];
         for (int i = 0; i < kOperands; ++i) x[i] = o[i].x + m * o[i].pitch;
-        if (o[0].pitch != kDepth && n % kSide) {
+        if (edge && n % kSide) {
             __builtin_memcpy(edge, x[0], n * o[0].pitch * sizeof(u16));
             x[0] = edge;
         }
