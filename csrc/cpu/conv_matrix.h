@@ -103,7 +103,7 @@ struct alignas(64) Sums {
 // `count` pixels with the panels [g0, g1): done(sums, at, n, panel) for each block of n pixels, which lie at[i]
 // elements into whatever done() writes, or nowhere (-1): what next() says of one pixel after the other. before(at, n,
 // panel) comes ahead of a block's products. Pixels that lie where x is are copied to `edge`, [kPair, pitch], if a tile
-// would read behind them.
+// would read behind them; null: none do.
 //
 // A block is done after the products of the next were issued: its sums are in memory by then, and both run at once.
 template <class T, int kOperands, class Next, class Before, class Done>
