@@ -20,6 +20,7 @@ import kernel_cases  # noqa: E402
 
 import fastres  # noqa: E402
 from fastres import cli, dispatch  # noqa: E402
+from fastres.backends import cpu  # noqa: E402
 
 ALL = ("reference", "cpu", "emulator", "triton")
 
@@ -69,6 +70,15 @@ def _is_refused(item) -> bool:
     marker = item.get_closest_marker("computes_in")
     dtype = marker.args[0] if marker else given.get("dtype")
     return isinstance(backend, str) and isinstance(dtype, torch.dtype) and bool(kernel_cases.refuses(backend, dtype))
+
+
+@pytest.fixture(params=cpu.available_isas() if cpu._module is not None else [])
+def isa(request):
+    """Every instruction set that the CPU module has here, in force for the test."""
+    before = cpu.isa()
+    cpu.set_isa(request.param)
+    yield request.param
+    cpu.set_isa(before)
 
 
 @pytest.fixture

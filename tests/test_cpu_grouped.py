@@ -32,15 +32,6 @@ SHAPES = [
     (9, 64, 2, 3, 7, 3, 3, (2, 2), (1, 1), (1, 1)),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = cpu.available_isas() if cpu._module is not None else []
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = cpu.isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(before)
 
 
 def operands(shape, dtype=torch.float32, integers=False):

@@ -23,18 +23,9 @@ SHAPES = [
     (7, 48, 40, 14, 14, (1, 1)),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = cpu.available_isas() if cpu._module is not None else []
 KINDS = [(out, stride) for stride, outs in cpu_winograd.OUTS.items() for out in outs]
 #: How many times as far from float64 as direct sums of as many terms.
 SPREAD = {(2, 1): 2, (3, 1): 3, (4, 1): 4, (2, 2): 2, (4, 2): 2}
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = cpu.isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(before)
 
 
 def operands(shape, dtype=torch.float32, integers=False, stride=1):

@@ -80,24 +80,21 @@ class Worker {
         if (!level.there && rows[0].count())
             level.planes.fill(level.g, x, rows[0].first * level.g.stride_h - level.g.pad_h, 0,
                               (rows[0].count() - 1) * level.g.stride_h + level.planes.reach_h, memory_ + level.data);
-        for (int k = 0; k < last_; ++k) {
-            if (k == 1) expect(x, rows);
+        for (int k = 0; k < last_; ++k)
             if (rows[k].count()) inner(k, x, rows[k], rows[k + 1]);
-        }
-        if (last_ == 1) expect(x, rows);
+        expect(x, rows);
         outer(image, x, rows[last_]);
         for (int k = 0; k <= last_; ++k) rows_[k] = rows[k];
     }
 
-    // The rows of x that the next strip reads, on their way while this one's are worked on.
+    // The rows of x that the next strip reads, on their way while the last convolution works on this one's.
     void expect(const T* x, const Rows* rows) {
         const ConvShape& g = net_.levels[0].g;
         const i64 first = rows[0].last * g.stride_h + g.pad_h, last = first + rows[0].count() * g.stride_h;
         ahead_.next = reinterpret_cast<const char*>(x + min_of(first, g.H) * g.W * g.C);
         ahead_.end = reinterpret_cast<const char*>(x + min_of(last, g.H) * g.W * g.C);
-        i64 left = 0;
-        for (int k = 1; k <= last_; ++k)
-            left += ceil_div(pixels_of(net_.levels[k], rows[k]), kPair) * panels_of(net_.levels[k].g);
+        const Level& level = net_.levels[last_];
+        const i64 left = ceil_div(pixels_of(level, rows[last_]), kPair) * panels_of(level.g);
         ahead_.lines = ceil_div(ahead_.end - ahead_.next, 64 * max_of(1, left));
     }
 

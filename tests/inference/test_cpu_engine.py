@@ -39,14 +39,6 @@ def served(monkeypatch):
     monkeypatch.setattr(CpuSegment, "_measured", alternating)
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = cpu.isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(before)
-
-
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()
