@@ -45,13 +45,14 @@ FR_INLINE void accumulate(Tiles& t, const Operand& o, const u16* x0, i64 panel, 
     const u16* w = o.w + panel * o.n_steps * kStep;
     for (i64 s = 0; s < o.n_steps; ++s, w += kStep) {
         const u16* x = x0 + o.steps[s];
+        t.keep_awake();
         if (fetch)
             for (i64 i = 0; i < kStep; i += kTileBytes / 2) __builtin_prefetch(w + kWeightsAhead + i, 0, 2);
         if constexpr (kHalves) {
             t.load<4>(x + o.low, bytes);
-            t.load<6>(w, kTileBytes);
+            t.load_once<6>(w, kTileBytes);
             t.dot<0, 4, 6>();
-            t.load<7>(w + kTile, kTileBytes);
+            t.load_once<7>(w + kTile, kTileBytes);
             t.dot<1, 4, 7>();
             if constexpr (kTwo) {
                 t.load<5>(x + o.low + second, bytes);
@@ -59,8 +60,8 @@ FR_INLINE void accumulate(Tiles& t, const Operand& o, const u16* x0, i64 panel, 
                 t.dot<3, 5, 7>();
             }
         } else {
-            t.load<6>(w, kTileBytes);
-            t.load<7>(w + kTile, kTileBytes);
+            t.load_once<6>(w, kTileBytes);
+            t.load_once<7>(w + kTile, kTileBytes);
         }
         t.load<4>(x, bytes);
         t.dot<0, 4, 6>();

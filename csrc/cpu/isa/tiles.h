@@ -44,8 +44,18 @@ class Tiles {
         __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(bytes), "i"(T) : "memory");
     }
     template <int T>
+    FR_INLINE void load_once(const void* from, i64 bytes) {
+        __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(bytes), "i"(T) : "memory");
+    }
+    template <int T>
     FR_INLINE void store(void* to, i64 bytes) {
         __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(bytes), "i"(T) : "memory");
+    }
+    // The vector units fall asleep after some 2000 cycles without work, and the store of a tile waits 260 ns for them
+    // to wake up.
+    FR_INLINE void keep_awake() {
+        float sum;
+        __asm__ volatile("vaddss %1, %1, %0" : "=x"(sum) : "x"(0.0f));
     }
     // D [16, 16] += A [16, depth] . B, B as rows of pairs: (B[2i][n], B[2i+1][n]).
     template <int D, int A, int B>
@@ -71,10 +81,13 @@ class Tiles {
             __builtin_memcpy(tile_[T] + r * 16, static_cast<const char*>(from) + r * bytes, width);
     }
     template <int T>
+    void load_once(const void* from, i64 bytes) { load<T>(from, bytes); }
+    template <int T>
     void store(void* to, i64 bytes) {
         for (int r = 0; r < kTileRows; ++r)
             __builtin_memcpy(static_cast<char*>(to) + r * bytes, tile_[T] + r * 16, kTileBytes);
     }
+    void keep_awake() {}
     template <int D, int A, int B>
     void dot() {
         for (int m = 0; m < kTileRows; ++m)
