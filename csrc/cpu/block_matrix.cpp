@@ -78,7 +78,7 @@ class Worker {
             if (rows[k].count()) border(net_.levels[k], rows[k], goes_on ? rows_[k].count() : 0);
         const Level& level = net_.levels[0];
         if (!level.there && rows[0].count())
-            level.planes.fill(level.g, x, rows[0].first * level.g.stride_h - level.g.pad_h, 0,
+            level.planes.fill(level.g, x, level.g.W * level.g.C, level.g.C, rows[0].first * level.g.stride_h - level.g.pad_h, 0,
                               (rows[0].count() - 1) * level.g.stride_h + level.planes.reach_h, memory_ + level.data);
         for (int k = 0; k < last_; ++k)
             if (rows[k].count()) inner(k, x, rows[k], rows[k + 1]);
@@ -150,8 +150,8 @@ class Worker {
         const Operand o[1] = {input(k, x, rows)};
         const float* bias = level.bias;
         blocks<T, 1>(
-            tiles_, sums_, o, pixels_of(level, rows), 0, panels_of(g), false, level.there ? edge_ : nullptr, place,
-            [](const i64*, i64, i64) {},
+            tiles_, sums_, o, pixels_of(level, rows), 0, panels_of(g), level.there ? edge_ : nullptr, place,
+            [] {},
             [&](const float* sums, const i64* at, i64 n, i64 panel) {
                 into_planes(sums, at, n, bias + panel * kPair, to + panel * p.chunk, p.low);
             });
@@ -187,18 +187,18 @@ class Worker {
             at += g.K;
             return at - g.K;
         };
-        const auto before = [&](const i64* to, i64 n, i64 panel) { ahead_.step(), finish_.own(to, n, panel); };
+        const auto before = [&] { ahead_.step(); };
         const auto done = [&](const float* sums, const i64* to, i64 n, i64 panel) { finish_(sums, to, n, panel); };
         const i64 count = pixels_of(level, rows), panels = panels_of(g);
         if (!net_.projection) {
             const Operand o[1] = {input(last_, x, rows)};
-            blocks<T, 1>(tiles_, sums_, o, count, 0, panels, false, nullptr, place, before, done);
+            blocks<T, 1>(tiles_, sums_, o, count, 0, panels, nullptr, place, before, done);
             return;
         }
         gather(x, rows, pitch);
         const Operand o[2] = {input(last_, x, rows),
                               operand(*net_.projection, memory_ + net_.projection->data, kDepth)};
-        blocks<T, 2>(tiles_, sums_, o, count, 0, panels, false, nullptr, place, before, done);
+        blocks<T, 2>(tiles_, sums_, o, count, 0, panels, nullptr, place, before, done);
     }
 
     // The pixels that the projection reads, at the pitch of the last convolution's.

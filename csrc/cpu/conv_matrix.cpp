@@ -48,9 +48,10 @@ struct Shares {
 template <class T>
 class Worker {
   public:
-    Worker(const ConvShape& g, const T* x, const u16* w, const Finish<T>& finish, const Planes& planes,
+    // g: dense; whole: what it was made of.
+    Worker(const ConvShape& g, const ConvShape& whole, const T* x, const u16* w, const Finish<T>& finish, const Planes& planes,
            const i64* steps, u16* scratch)
-        : g_(g), x_(x), finish_(finish), planes_(planes), scratch_(scratch), operand_{nullptr,     kDepth,     steps,
+        : g_(g), whole_(whole), x_(x), finish_(finish), planes_(planes), scratch_(scratch), operand_{nullptr,     kDepth,     steps,
                                                                                       steps_of(g), planes.low, w} {}
 
     // Pixels [first, last) of all images.
@@ -59,30 +60,31 @@ class Worker {
         operand_.pitch = g_.C;
         groups(panel0, panel1, [&](i64 g0, i64 g1) {
             i64 at = (first - 1) * g_.K;
-            pixels(last - first, g0, g1, true, scratch_, [&] { return at += g_.K; });
+            pixels(last - first, g0, g1, scratch_, [&] { return at += g_.K; });
         });
     }
 
     // Rows [first, last) of the N*P rows of y.
     void run(i64 first, i64 last, i64 panel0, i64 panel1, i64 strip) {
+        const bool picked = g_.stride_h != whole_.stride_h || g_.stride_w != whole_.stride_w;
+        const i64 x_row = (picked ? whole_.stride_h : 1) * whole_.W * g_.C;
+        const i64 x_pixel = (picked ? whole_.stride_w : 1) * g_.C;
         for (i64 r = first; r < last; r += strip) {
             const i64 end = min_of(last, r + strip);
             parts(r, end, [&](i64 image, i64 i0, i64 n, i64 row) {
-                planes_.fill(g_, x_ + image * g_.H * g_.W * g_.C, i0 * g_.stride_h - g_.pad_h, 0,
+                planes_.fill(g_, x_ + image * whole_.H * whole_.W * g_.C, x_row, x_pixel, i0 * g_.stride_h - g_.pad_h, 0,
                              (n - 1) * g_.stride_h + planes_.reach_h, scratch_ + row * planes_.pitch * kDepth);
             });
             groups(panel0, panel1, [&](i64 g0, i64 g1) {
-                bool fetch = true;
                 parts(r, end, [&](i64 image, i64 i0, i64 n, i64 row) {
                     operand_.x = scratch_ + row * planes_.pitch * kDepth;
                     i64 at = (image * g_.P + i0) * g_.Q * g_.K, j = 0;
-                    pixels((n - 1) * planes_.pitch + g_.Q, g0, g1, fetch, nullptr, [&]() -> i64 {
+                    pixels((n - 1) * planes_.pitch + g_.Q, g0, g1, nullptr, [&]() -> i64 {
                         if (j == planes_.pitch) j = 0;
                         if (j++ >= g_.Q) return -1;
                         at += g_.K;
                         return at - g_.K;
                     });
-                    fetch = false;
                 });
             });
         }
@@ -110,14 +112,13 @@ class Worker {
     }
 
     template <class Next>
-    void pixels(i64 count, i64 g0, i64 g1, bool fetch, u16* edge, Next&& next) {
+    void pixels(i64 count, i64 g0, i64 g1, u16* edge, Next&& next) {
         blocks<T, 1>(
-            tiles_, sums_, {operand_}, count, g0, g1, fetch, edge, next,
-            [&](const i64* at, i64 n, i64 g) { finish_.own(at, n, g); },
+            tiles_, sums_, {operand_}, count, g0, g1, edge, next, [] {},
             [&](const float* sums, const i64* at, i64 n, i64 g) { finish_(sums, at, n, g); });
     }
 
-    const ConvShape& g_;
+    const ConvShape &g_, &whole_;
     const T* x_;
     const Finish<T>& finish_;
     const Planes& planes_;
@@ -128,9 +129,10 @@ class Worker {
 };
 
 template <class T>
-void run(const ConvShape& g, const T* x, const u16* w, const float* bias, const T* residual, bool relu, T* y,
+void run(const ConvShape& whole, const T* x, const u16* w, const float* bias, const T* residual, bool relu, T* y,
          i64 threads) {
-    const bool there = in_place<T>(g);
+    const bool there = in_place<T>(whole);
+    const ConvShape g = dense(whole);
     const i64 rows = there ? g.N * g.H * g.W : g.N * g.P, panels = panels_of(g), steps = steps_of(g);
     const i64 row_pixels = there ? 1 : Planes(g, 1, kHalves<T>).pitch;
     const Shares shares(threads, rows, row_pixels, panels, steps, double(g.N * g.H * g.W * g.C) * sizeof(T),
@@ -140,7 +142,9 @@ void run(const ConvShape& g, const T* x, const u16* w, const float* bias, const 
     if (!there) {
         const i64 row_bytes = Planes(g, 1, kHalves<T>).pitch * g.stride_h * g.stride_w * steps / (g.R * g.S) * kDepth *
                               i64(sizeof(u16)) * (kHalves<T> ? 2 : 1);
-        strip = min_of(mine, max_of(1, l2_bytes() / 4 / row_bytes));
+        // Where the weights do not fit in L2, each strip reads them from L3.
+        const bool large = panels / shares.panels * steps * kStepWeights<T> * i64(sizeof(u16)) > l2_bytes() / 3;
+        strip = min_of(mine, max_of(1, l2_bytes() / (large ? 2 : 4) / row_bytes));
         strip = ceil_div(mine, ceil_div(mine, strip));
     }
     const i64 images = strip / g.P + 2;
@@ -152,7 +156,7 @@ void run(const ConvShape& g, const T* x, const u16* w, const float* bias, const 
     parallel(threads, shares.pixels * shares.panels, [&](i64 first, i64 last, int) {
         for (i64 task = first; task < last; ++task) {
             const i64 r = task / shares.panels, p = task % shares.panels;
-            Worker<T> worker(g, x, w, finish, planes, static_cast<const i64*>(offsets.get()),
+            Worker<T> worker(g, whole, x, w, finish, planes, static_cast<const i64*>(offsets.get()),
                              static_cast<u16*>(scratch.get()) + task * elements);
             const i64 r0 = rows * r / shares.pixels, r1 = rows * (r + 1) / shares.pixels;
             const i64 p0 = panels * p / shares.panels, p1 = panels * (p + 1) / shares.panels;

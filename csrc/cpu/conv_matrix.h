@@ -34,20 +34,15 @@ struct Operand {
     const u16* w;
 };
 
-// Weights that far ahead are fetched where a pass reads them for the first time.
-constexpr i64 kWeightsAhead = 16 * kTile;
-
 // sums += x . w for one tile of pixels, or for two of them.
 template <bool kTwo, bool kHalves>
-FR_INLINE void accumulate(Tiles& t, const Operand& o, const u16* x0, i64 panel, bool fetch) {
+FR_INLINE void accumulate(Tiles& t, const Operand& o, const u16* x0, i64 panel) {
     const i64 second = kSide * o.pitch, bytes = o.pitch * i64(sizeof(u16));
     constexpr i64 kStep = (kHalves ? 4 : 2) * kTile;
     const u16* w = o.w + panel * o.n_steps * kStep;
     for (i64 s = 0; s < o.n_steps; ++s, w += kStep) {
         const u16* x = x0 + o.steps[s];
         t.keep_awake();
-        if (fetch)
-            for (i64 i = 0; i < kStep; i += kTileBytes / 2) __builtin_prefetch(w + kWeightsAhead + i, 0, 2);
         if constexpr (kHalves) {
             t.load<4>(x + o.low, bytes);
             t.load_once<6>(w, kTileBytes);
@@ -102,14 +97,14 @@ struct alignas(64) Sums {
 };
 
 // `count` pixels with the panels [g0, g1): done(sums, at, n, panel) for each block of n pixels, which lie at[i]
-// elements into whatever done() writes, or nowhere (-1): what next() says of one pixel after the other. before(at, n,
-// panel) comes ahead of a block's products. Pixels that lie where x is are copied to `edge`, [kPair, pitch], if a tile
+// elements into whatever done() writes, or nowhere (-1): what next() says of one pixel after the other. before() comes
+// ahead of a block's products. Pixels that lie where x is are copied to `edge`, [kPair, pitch], if a tile
 // would read behind them; null: none do.
 //
 // A block is done after the products of the next were issued: its sums are in memory by then, and both run at once.
 template <class T, int kOperands, class Next, class Before, class Done>
-FR_INLINE void blocks(Tiles& t, Sums& sums, const Operand (&o)[kOperands], i64 count, i64 g0, i64 g1, bool fetch,
-                      u16* edge, Next&& next, const Before& before, const Done& done) {
+FR_INLINE void blocks(Tiles& t, Sums& sums, const Operand (&o)[kOperands], i64 count, i64 g0, i64 g1, u16* edge,
+                      Next&& next, const Before& before, const Done& done) {
     constexpr i64 kRow = kPair * i64(sizeof(float));
     i64 at[2][kPair];  // of two rows of blocks
     struct {
@@ -129,15 +124,15 @@ FR_INLINE void blocks(Tiles& t, Sums& sums, const Operand (&o)[kOperands], i64 c
             x[0] = edge;
         }
         for (i64 g = g0; g < g1; ++g, turn ^= 1) {
-            before(here, n, g);
+            before();
             t.zero<0>();
             t.zero<1>();
             t.zero<2>();
             t.zero<3>();
-            const bool two = n > kSide, first = fetch && m == 0;
+            const bool two = n > kSide;
             for (int i = 0; i < kOperands; ++i)
-                two ? accumulate<true, kHalves<T>>(t, o[i], x[i], g, first)
-                    : accumulate<false, kHalves<T>>(t, o[i], x[i], g, first);
+                two ? accumulate<true, kHalves<T>>(t, o[i], x[i], g)
+                    : accumulate<false, kHalves<T>>(t, o[i], x[i], g);
             if (last.sums) done(last.sums, last.at, last.n, last.panel);
             float* out = sums.block[turn];
             t.store<0>(out, kRow);
@@ -202,16 +197,6 @@ struct Finish {
 
     Finish(T* y, const T* residual, const float* bias, bool relu, i64 K)
         : y(y), residual(residual), bias(bias), floor(relu ? vf{} : vf{} - __builtin_inff()), K(K) {}
-
-    // The lines that will be written, on their way while the sums are made.
-    FR_INLINE void own(const i64* at, i64 n, i64 panel) const {
-        for (i64 i = 0; i < n; ++i) {
-            if (at[i] < 0) continue;
-            const T* line = y + at[i] + panel * kPair;
-            __builtin_prefetch(line, 1, 3);
-            if (kPair * sizeof(T) > 64) __builtin_prefetch(reinterpret_cast<const char*>(line) + 64, 1, 3);
-        }
-    }
 
     FR_INLINE void operator()(const float* sums, const i64* at, i64 n, i64 panel) const {
         const i64 k0 = panel * kPair, outs = K - k0;

@@ -77,12 +77,13 @@ struct Planes {
                 store_halves(to, low, load(x + i), load(x + i + L));
     }
 
-    // Rows [h0, h1) of a strip whose row 0 is row `from` of the image x, into the planes at `to`.
+    // Rows [h0, h1) of a strip whose row 0 is row `from` of the image x, into the planes at `to`. Rows and pixels of x
+    // are so many elements apart.
     template <class T>
-    void fill(const ConvShape& g, const T* x, i64 from, i64 h0, i64 h1, u16* to) const {
+    void fill(const ConvShape& g, const T* x, i64 x_row, i64 x_pixel, i64 from, i64 h0, i64 h1, u16* to) const {
         for (i64 h = h0; h < h1; ++h) {
             const bool inside = from + h >= 0 && from + h < g.H;
-            const T* line = x + (from + h) * g.W * g.C;
+            const T* line = x + (from + h) * x_row;
             for (i64 p = 0; p < g.stride_w; ++p) {
                 if (!used(g, h % g.stride_h, p)) continue;
                 u16* at = to + (row(g, h) + p * phase) * kDepth;
@@ -93,7 +94,7 @@ struct Planes {
                 for (i64 q = 0; q < pitch + shared; ++q, at += kDepth) {
                     const i64 c = q * g.stride_w + p - g.pad_w;
                     if (c >= 0 && c < g.W)
-                        lay_out(line + c * g.C, g.C, at);
+                        lay_out(line + c * x_pixel, g.C, at);
                     else
                         clear(at, 1);
                 }
@@ -101,6 +102,12 @@ struct Planes {
         }
     }
 };
+
+// A 1x1 convolution that leaves pixels out, as one of just the pixels that it reads; any other as it is.
+inline ConvShape dense(const ConvShape& g) {
+    if (g.R * g.S > 1 || g.pad_h || g.pad_w) return g;
+    return {g.N, g.P, g.Q, g.C, g.K, g.P, g.Q, 1, 1, 1, 1, 0, 0, 1, 1, g.groups};
+}
 
 inline i64 panels_of(const ConvShape& g) { return ceil_div(g.K, kPair); }
 inline i64 steps_of(const ConvShape& g) { return ceil_div(g.C, kDepth) * g.R * g.S; }

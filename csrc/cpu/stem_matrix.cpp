@@ -81,8 +81,8 @@ class Worker {
                 t.zero<1>();
                 t.zero<2>();
                 t.zero<3>();
-                two ? accumulate<true, kHalves<T>>(t, o, x, panel, false)
-                    : accumulate<false, kHalves<T>>(t, o, x, panel, false);
+                two ? accumulate<true, kHalves<T>>(t, o, x, panel)
+                    : accumulate<false, kHalves<T>>(t, o, x, panel);
                 float* to = out + q * width_ + panel * kPair;
                 t.store<0>(to, bytes);
                 t.store<1>(to + kSide, bytes);
