@@ -29,17 +29,23 @@ void pack(const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, u16* 
 }
 
 // How tasks share a product: parts of the pixels times parts of the panels.
+//
+// Fewer parts of the pixels mean fewer weights for each task, but more of what other cores wrote: x, and what is added
+// to the sums, were most likely made in parts of the pixels.
 struct Shares {
     i64 pixels = 1, panels = 1;
-    Shares(i64 threads, i64 rows, i64 row_pixels, i64 panels_in_all, i64 steps, double x_bytes, double step_bytes) {
-        constexpr double kCycles = 64, kBytesPerCycle = 12;  // of a block of 32 x 32 and a step; from L3
+    Shares(i64 threads, i64 rows, i64 row_pixels, i64 panels_in_all, i64 steps, double x_bytes, double residual_bytes,
+           double step_bytes) {
+        constexpr double kCycles = 100;            // of a block of 32 x 32 and a step
+        constexpr double kWeights = 7, kOthers = 2.3;  // bytes a cycle: from L3; from another core's L2
         double least = -1;
         for (i64 p = 1; p <= threads; ++p) {
             if (threads % p || p > panels_in_all) continue;
             const i64 r = threads / p;
             const double blocks = double(ceil_div(ceil_div(rows, r) * row_pixels, kPair) * ceil_div(panels_in_all, p));
-            const double bytes = x_bytes / double(r) + step_bytes * double(steps * ceil_div(panels_in_all, p));
-            const double cost = blocks * double(steps) * kCycles + bytes / kBytesPerCycle;
+            const double weights = step_bytes * double(steps * ceil_div(panels_in_all, p));
+            const double others = (x_bytes + residual_bytes / double(p)) * double(p - 1) / double(threads);
+            const double cost = blocks * double(steps) * kCycles + weights / kWeights + others / kOthers;
             if (least < 0 || cost < least) least = cost, pixels = r, panels = p;
         }
     }
@@ -136,6 +142,7 @@ void run(const ConvShape& whole, const T* x, const u16* w, const float* bias, co
     const i64 rows = there ? g.N * g.H * g.W : g.N * g.P, panels = panels_of(g), steps = steps_of(g);
     const i64 row_pixels = there ? 1 : Planes(g, 1, kHalves<T>).pitch;
     const Shares shares(threads, rows, row_pixels, panels, steps, double(g.N * g.H * g.W * g.C) * sizeof(T),
+                        residual ? double(g.N * g.P * g.Q * g.K) * sizeof(T) : 0,
                         double(kStepWeights<T> * i64(sizeof(u16))));
     const i64 mine = ceil_div(rows, shares.pixels);
     i64 strip = 1;
