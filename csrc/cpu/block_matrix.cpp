@@ -78,7 +78,8 @@ class Worker {
             if (rows[k].count()) border(net_.levels[k], rows[k], goes_on ? rows_[k].count() : 0);
         const Level& level = net_.levels[0];
         if (!level.there && rows[0].count())
-            level.planes.fill(level.g, x, level.g.W * level.g.C, level.g.C, rows[0].first * level.g.stride_h - level.g.pad_h, 0,
+            level.planes.fill(level.g, x, level.g.W * level.g.C, level.g.C,
+                              rows[0].first * level.g.stride_h - level.g.pad_h, 0,
                               (rows[0].count() - 1) * level.g.stride_h + level.planes.reach_h, memory_ + level.data);
         for (int k = 0; k < last_; ++k)
             if (rows[k].count()) inner(k, x, rows[k], rows[k + 1]);
@@ -150,8 +151,7 @@ class Worker {
         const Operand o[1] = {input(k, x, rows)};
         const float* bias = level.bias;
         blocks<T, 1>(
-            tiles_, sums_, o, pixels_of(level, rows), 0, panels_of(g), level.there ? edge_ : nullptr, place,
-            [] {},
+            tiles_, sums_, o, pixels_of(level, rows), 0, panels_of(g), level.there ? edge_ : nullptr, place, [] {},
             [&](const float* sums, const i64* at, i64 n, i64 panel) {
                 into_planes(sums, at, n, bias + panel * kPair, to + panel * p.chunk, p.low);
             });

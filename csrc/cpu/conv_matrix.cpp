@@ -36,7 +36,7 @@ struct Shares {
     i64 pixels = 1, panels = 1;
     Shares(i64 threads, i64 rows, i64 row_pixels, i64 panels_in_all, i64 steps, double x_bytes, double residual_bytes,
            double step_bytes) {
-        constexpr double kCycles = 100;            // of a block of 32 x 32 and a step
+        constexpr double kCycles = 100;                // of a block of 32 x 32 and a step
         constexpr double kWeights = 7, kOthers = 2.3;  // bytes a cycle: from L3; from another core's L2
         double least = -1;
         for (i64 p = 1; p <= threads; ++p) {
@@ -55,10 +55,15 @@ template <class T>
 class Worker {
   public:
     // g: dense; whole: what it was made of.
-    Worker(const ConvShape& g, const ConvShape& whole, const T* x, const u16* w, const Finish<T>& finish, const Planes& planes,
-           const i64* steps, u16* scratch)
-        : g_(g), whole_(whole), x_(x), finish_(finish), planes_(planes), scratch_(scratch), operand_{nullptr,     kDepth,     steps,
-                                                                                      steps_of(g), planes.low, w} {}
+    Worker(const ConvShape& g, const ConvShape& whole, const T* x, const u16* w, const Finish<T>& finish,
+           const Planes& planes, const i64* steps, u16* scratch)
+        : g_(g),
+          whole_(whole),
+          x_(x),
+          finish_(finish),
+          planes_(planes),
+          scratch_(scratch),
+          operand_{nullptr, kDepth, steps, steps_of(g), planes.low, w} {}
 
     // Pixels [first, last) of all images.
     void run_in_place(i64 first, i64 last, i64 panel0, i64 panel1) {
@@ -78,8 +83,8 @@ class Worker {
         for (i64 r = first; r < last; r += strip) {
             const i64 end = min_of(last, r + strip);
             parts(r, end, [&](i64 image, i64 i0, i64 n, i64 row) {
-                planes_.fill(g_, x_ + image * whole_.H * whole_.W * g_.C, x_row, x_pixel, i0 * g_.stride_h - g_.pad_h, 0,
-                             (n - 1) * g_.stride_h + planes_.reach_h, scratch_ + row * planes_.pitch * kDepth);
+                planes_.fill(g_, x_ + image * whole_.H * whole_.W * g_.C, x_row, x_pixel, i0 * g_.stride_h - g_.pad_h,
+                             0, (n - 1) * g_.stride_h + planes_.reach_h, scratch_ + row * planes_.pitch * kDepth);
             });
             groups(panel0, panel1, [&](i64 g0, i64 g1) {
                 parts(r, end, [&](i64 image, i64 i0, i64 n, i64 row) {

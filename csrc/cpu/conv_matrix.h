@@ -131,8 +131,7 @@ FR_INLINE void blocks(Tiles& t, Sums& sums, const Operand (&o)[kOperands], i64 c
             t.zero<3>();
             const bool two = n > kSide;
             for (int i = 0; i < kOperands; ++i)
-                two ? accumulate<true, kHalves<T>>(t, o[i], x[i], g)
-                    : accumulate<false, kHalves<T>>(t, o[i], x[i], g);
+                two ? accumulate<true, kHalves<T>>(t, o[i], x[i], g) : accumulate<false, kHalves<T>>(t, o[i], x[i], g);
             if (last.sums) done(last.sums, last.at, last.n, last.panel);
             float* out = sums.block[turn];
             t.store<0>(out, kRow);
@@ -158,14 +157,18 @@ FR_INLINE void split(vf v, vf& hi, vf& lo) {
 
 // Two vectors' worth of bfloat16 side by side: one instruction where there are tiles. It takes denormals for zero, as
 // the products would.
-FR_INLINE void store_narrow(u16* to, vf a, vf b) {
+typedef u16 vn __attribute__((vector_size(4 * L)));
+FR_INLINE vn narrow(vf a, vf b) {
 #if defined(__AVX512BF16__)
-    write(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+    return (vn)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
 #else
-    store(reinterpret_cast<bf16*>(to), a);
-    store(reinterpret_cast<bf16*>(to + L), b);
+    u16 both[2 * L];
+    store(reinterpret_cast<bf16*>(both), a);
+    store(reinterpret_cast<bf16*>(both + L), b);
+    return read<vn>(both);
 #endif
 }
+FR_INLINE void store_narrow(u16* to, vf a, vf b) { write(to, narrow(a, b)); }
 
 FR_INLINE void store_halves(u16* to, i64 low, vf a, vf b) {
     vf hi[2], lo[2];

@@ -15,11 +15,14 @@ constexpr i64 kColors = 4;
 
 template <class T>
 class Worker {
+    using Kept = std::conditional_t<kHalves<T>, i32, i16>;
+
   public:
     Worker(const ConvShape& g, const PoolShape& pool, const T* x, const u16* w, const float* bias, T* y)
         : g_(g),
           x_(x),
           w_(w),
+          bias_(bias),
           panels_(ceil_div(g.K, kPair)),
           width_(panels_ * kPair),
           pixels_(ceil_div(g.Q, kSide) * kSide),
@@ -39,65 +42,89 @@ class Worker {
         u16* rows = reinterpret_cast<u16*>(ring + pooled_.ring_floats());
         __builtin_memset(rows, 0, low_ * (kHalves<T> ? 2 : 1) * sizeof(u16));
         Tiles tiles(int(kColors * g_.S));
+        Sums sums;
         pooled_.run(
-            first, last, ring,
+            first, last, reinterpret_cast<Kept*>(ring),
             [&](i64 n, i64 h) { lay_out(x_ + (n * g_.H + h) * g_.W * g_.C, rows + h % kMostRows * row_); },
-            [&](i64 top, float* out) { convolve(tiles, top, rows, out); });
+            [&](i64 top, Kept* out) { convolve(tiles, sums, top, rows, out); });
     }
 
   private:
+    // Pixels of C values as pixels of kColors.
+    FR_INLINE void spread(const u16* from, i64 pixels, u16* to) const {
+        i64 p = 0;
+        if (g_.C == 3) {
+            typedef u16 Line __attribute__((vector_size(64)));
+            constexpr i64 kPixels = 32 / kColors;
+            constexpr Line kTo = {0,  1,  2,  32, 3,  4,  5,  32, 6,  7,  8,  32, 9,  10, 11, 32,
+                                  12, 13, 14, 32, 15, 16, 17, 32, 18, 19, 20, 32, 21, 22, 23, 32};
+            for (; p * 3 + 32 <= pixels * 3; p += kPixels)
+                write(to + p * kColors, __builtin_shuffle(read<Line>(from + p * 3), Line{}, kTo));
+        }
+        for (; p < pixels; ++p)
+            for (i64 i = 0; i < g_.C; ++i) to[p * kColors + i] = from[p * g_.C + i];
+    }
+
     void lay_out(const T* x, u16* to) const {
         to += g_.pad_w * kColors;
         if constexpr (!kHalves<T>) {
-            for (i64 c = 0; c < g_.W; ++c, x += g_.C, to += kColors)
-                for (i64 i = 0; i < g_.C; ++i) to[i] = x[i].bits;
+            spread(reinterpret_cast<const u16*>(x), g_.W, to);
         } else {
             constexpr i64 kMost = kColors * 2 * L;
-            for (i64 c = 0; c < g_.W; c += 2 * L) {
+            for (i64 c = 0; c < g_.W; c += 2 * L, to += 2 * L * kColors) {
                 const i64 n = min_of(2 * L, g_.W - c);
                 T in[kMost] = {};
                 u16 out[2 * kMost];
                 __builtin_memcpy(in, x + c * g_.C, n * g_.C * sizeof(T));
                 for (i64 i = 0; i < n * g_.C; i += 2 * L) store_halves(out + i, kMost, load(in + i), load(in + i + L));
-                for (i64 p = 0; p < n; ++p, to += kColors)
-                    for (i64 i = 0; i < g_.C; ++i) to[i] = out[p * g_.C + i], to[low_ + i] = out[kMost + p * g_.C + i];
+                spread(out, n, to);
+                spread(out + kMost, n, to + low_);
             }
         }
     }
 
-    void convolve(Tiles& t, i64 top, const u16* rows, float* out) const {
+    void convolve(Tiles& t, Sums& sums, i64 top, const u16* rows, Kept* out) const {
         i64 steps[kMostRows];
         for (i64 r = 0; r < g_.R; ++r) {
             const i64 h = top + r;
             steps[r] = (h >= 0 && h < g_.H ? h % kMostRows : kMostRows) * row_;
         }
-        const Operand o{rows, g_.stride_w * kColors, steps, g_.R, low_, w_};
-        const i64 bytes = width_ * i64(sizeof(float));
-        for (i64 q = 0; q < pixels_; q += kPair) {
-            const u16* x = rows + q * o.pitch;
-            const bool two = q + kSide < pixels_;
-            for (i64 panel = 0; panel < panels_; ++panel) {
-                t.zero<0>();
-                t.zero<1>();
-                t.zero<2>();
-                t.zero<3>();
-                two ? accumulate<true, kHalves<T>>(t, o, x, panel)
-                    : accumulate<false, kHalves<T>>(t, o, x, panel);
-                float* to = out + q * width_ + panel * kPair;
-                t.store<0>(to, bytes);
-                t.store<1>(to + kSide, bytes);
-                if (!two) continue;
-                t.store<2>(to + kSide * width_, bytes);
-                t.store<3>(to + kSide * width_ + kSide, bytes);
-            }
+        const Operand o[1] = {{rows, g_.stride_w * kColors, steps, g_.R, low_, w_}};
+        i64 at = -width_;
+        blocks<T, 1>(
+            t, sums, o, g_.Q, 0, panels_, nullptr, [&] { return at += width_; }, [] {},
+            [&](const float* block, const i64* pixels, i64 n, i64 panel) {
+                keep(block, n, panel, out + pixels[0] + panel * kPair);
+            });
+    }
+
+    // A block into the ring, whose pixels follow each other.
+    FR_INLINE void keep(const float* block, i64 n, i64 panel, Kept* to) const {
+        constexpr int kVectors = int(kPair) / L;
+        vf bias[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+            const i64 k = panel * kPair + v * L;
+            bias[v] = k + L <= g_.K ? load(bias_ + k) : k < g_.K ? load_part(bias_ + k, int(g_.K - k)) : vf{};
         }
+        for (i64 i = 0; i < n; ++i, block += kPair, to += width_)
+            for (int v = 0; v < kVectors; v += 2) {
+                const vf a = at_least(load(block + v * L) + bias[v], vf{});
+                const vf b = at_least(load(block + v * L + L) + bias[v + 1], vf{});
+                if constexpr (kHalves<T>) {
+                    write(to + v * L, bit_cast<vi>(a) & 0x7fffffff);
+                    write(to + v * L + L, bit_cast<vi>(b) & 0x7fffffff);
+                } else {
+                    write(to + v * L, narrow(a, b) & 0x7fff);
+                }
+            }
     }
 
     const ConvShape& g_;
     const T* x_;
     const u16* w_;
+    const float* bias_;
     const i64 panels_, width_, pixels_;
-    const PooledRows<T> pooled_;
+    const PooledRows<T, Kept> pooled_;
     i64 row_, low_;
 };
 

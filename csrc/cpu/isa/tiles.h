@@ -81,7 +81,9 @@ class Tiles {
             __builtin_memcpy(tile_[T] + r * 16, static_cast<const char*>(from) + r * bytes, width);
     }
     template <int T>
-    void load_once(const void* from, i64 bytes) { load<T>(from, bytes); }
+    void load_once(const void* from, i64 bytes) {
+        load<T>(from, bytes);
+    }
     template <int T>
     void store(void* to, i64 bytes) {
         for (int r = 0; r < kTileRows; ++r)
