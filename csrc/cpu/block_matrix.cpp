@@ -152,21 +152,23 @@ class Worker {
         const float* bias = level.bias;
         blocks<T, 1>(
             tiles_, sums_, o, pixels_of(level, rows), 0, panels_of(g), level.there ? edge_ : nullptr, place, [] {},
-            [&](const float* sums, const i64* at, i64 n, i64 panel) {
-                into_planes(sums, at, n, bias + panel * kPair, to + panel * p.chunk, p.low);
+            [&](const float* sums, const i64* at, i64 i0, i64 i1, i64 panel) {
+                into_planes(sums, at, i0, i1, bias + panel * kPair, to + panel * p.chunk, p.low);
             });
     }
 
-    static FR_INLINE void into_planes(const float* sums, const i64* at, i64 n, const float* bias, u16* to, i64 low) {
+    static __attribute__((noinline)) void into_planes(const float* sums, const i64* at, i64 i0, i64 i1,
+                                                      const float* bias, u16* to, i64 low) {
         constexpr int kVectors = int(kPair) / L;
         vf b[kVectors];
         for (int v = 0; v < kVectors; ++v) b[v] = load(bias + v * L);
-        for (i64 i = 0; i < n; ++i, sums += kPair) {
+        for (i64 i = i0; i < i1; ++i) {
             if (at[i] < 0) continue;
+            const float* s = sums + i * kPair;
             u16* pixel = to + at[i];
             for (int v = 0; v < kVectors; v += 2, pixel += 2 * L) {
-                const vf first = at_least(load(sums + v * L) + b[v], vf{});
-                const vf second = at_least(load(sums + v * L + L) + b[v + 1], vf{});
+                const vf first = at_least(load(s + v * L) + b[v], vf{});
+                const vf second = at_least(load(s + v * L + L) + b[v + 1], vf{});
                 if constexpr (kHalves<T>)
                     store_halves(pixel, low, first, second);
                 else
@@ -188,7 +190,9 @@ class Worker {
             return at - g.K;
         };
         const auto before = [&] { ahead_.step(); };
-        const auto done = [&](const float* sums, const i64* to, i64 n, i64 panel) { finish_(sums, to, n, panel); };
+        const auto done = [&](const float* sums, const i64* to, i64 i0, i64 i1, i64 panel) {
+            finish_(sums, to, i0, i1, panel);
+        };
         const i64 count = pixels_of(level, rows), panels = panels_of(g);
         if (!net_.projection) {
             const Operand o[1] = {input(last_, x, rows)};

@@ -126,7 +126,7 @@ class Worker {
     void pixels(i64 count, i64 g0, i64 g1, u16* edge, Next&& next) {
         blocks<T, 1>(
             tiles_, sums_, {operand_}, count, g0, g1, edge, next, [] {},
-            [&](const float* sums, const i64* at, i64 n, i64 g) { finish_(sums, at, n, g); });
+            [&](const float* sums, const i64* at, i64 i0, i64 i1, i64 g) { finish_(sums, at, i0, i1, g); });
     }
 
     const ConvShape &g_, &whole_;

@@ -34,9 +34,10 @@ struct Operand {
     const u16* w;
 };
 
-// sums += x . w for one tile of pixels, or for two of them.
-template <bool kTwo, bool kHalves>
-FR_INLINE void accumulate(Tiles& t, const Operand& o, const u16* x0, i64 panel) {
+// sums += x . w for one tile of pixels, or for two of them. beside() runs twice a step, between products that do not
+// wait for it.
+template <bool kTwo, bool kHalves, class Beside>
+FR_INLINE void accumulate(Tiles& t, const Operand& o, const u16* x0, i64 panel, const Beside& beside) {
     const i64 second = kSide * o.pitch, bytes = o.pitch * i64(sizeof(u16));
     constexpr i64 kStep = (kHalves ? 4 : 2) * kTile;
     const u16* w = o.w + panel * o.n_steps * kStep;
@@ -61,6 +62,7 @@ FR_INLINE void accumulate(Tiles& t, const Operand& o, const u16* x0, i64 panel) 
         t.load<4>(x, bytes);
         t.dot<0, 4, 6>();
         t.dot<1, 4, 7>();
+        beside();
         if constexpr (kTwo) {
             t.load<5>(x + second, bytes);
             t.dot<2, 5, 6>();
@@ -76,6 +78,7 @@ FR_INLINE void accumulate(Tiles& t, const Operand& o, const u16* x0, i64 panel) 
                 t.dot<3, 5, 7>();
             }
         }
+        beside();
     }
 }
 
@@ -96,12 +99,12 @@ struct alignas(64) Sums {
     float block[2][kSums];
 };
 
-// `count` pixels with the panels [g0, g1): done(sums, at, n, panel) for each block of n pixels, which lie at[i]
-// elements into whatever done() writes, or nowhere (-1): what next() says of one pixel after the other. before() comes
-// ahead of a block's products. Pixels that lie where x is are copied to `edge`, [kPair, pitch], if a tile
-// would read behind them; null: none do.
+// `count` pixels with the panels [g0, g1): done(sums, at, i0, i1, panel) for the pixels [i0, i1) of a block, pixel i
+// of which lies at[i] elements into whatever done() writes, or nowhere (-1): what next() says of one pixel after the
+// other. before() comes ahead of a block's products. Pixels that lie where x is are copied to `edge`, [kPair, pitch],
+// if a tile would read behind them; null: none do.
 //
-// A block is done after the products of the next were issued: its sums are in memory by then, and both run at once.
+// A block is done a little with every step of the next: its sums are in memory by then, and both run at once.
 template <class T, int kOperands, class Next, class Before, class Done>
 FR_INLINE void blocks(Tiles& t, Sums& sums, const Operand (&o)[kOperands], i64 count, i64 g0, i64 g1, u16* edge,
                       Next&& next, const Before& before, const Done& done) {
@@ -110,8 +113,17 @@ FR_INLINE void blocks(Tiles& t, Sums& sums, const Operand (&o)[kOperands], i64 c
     struct {
         const float* sums = nullptr;
         const i64* at = nullptr;
-        i64 n = 0, panel = 0;
+        i64 panel = 0, i = 0, n = 0;  // done up to i
     } last;
+    const auto rest = [&](i64 most) {
+        const i64 i = last.i;
+        last.i = min_of(i + most, last.n);
+        if (i < last.n) done(last.sums, last.at, i, last.i, last.panel);
+    };
+    i64 steps = 0;
+    for (int i = 0; i < kOperands; ++i) steps += o[i].n_steps;
+    const i64 some = max_of(8, ceil_div(kPair, 2 * max_of(1, steps)));  // fewer: the calls cost more than they hide
+    const auto beside = [&] { rest(some); };
     int turn = 0;
     for (i64 m = 0; m < count; m += kPair) {
         const i64 n = min_of(kPair, count - m);
@@ -131,8 +143,9 @@ FR_INLINE void blocks(Tiles& t, Sums& sums, const Operand (&o)[kOperands], i64 c
             t.zero<3>();
             const bool two = n > kSide;
             for (int i = 0; i < kOperands; ++i)
-                two ? accumulate<true, kHalves<T>>(t, o[i], x[i], g) : accumulate<false, kHalves<T>>(t, o[i], x[i], g);
-            if (last.sums) done(last.sums, last.at, last.n, last.panel);
+                two ? accumulate<true, kHalves<T>>(t, o[i], x[i], g, beside)
+                    : accumulate<false, kHalves<T>>(t, o[i], x[i], g, beside);
+            rest(kPair);
             float* out = sums.block[turn];
             t.store<0>(out, kRow);
             t.store<1>(out + kSide, kRow);
@@ -140,10 +153,10 @@ FR_INLINE void blocks(Tiles& t, Sums& sums, const Operand (&o)[kOperands], i64 c
                 t.store<2>(out + kSide * kPair, kRow);
                 t.store<3>(out + kSide * kPair + kSide, kRow);
             }
-            last = {out, here, n, g};
+            last = {out, here, g, 0, n};
         }
     }
-    if (last.sums) done(last.sums, last.at, last.n, last.panel);
+    rest(kPair);
 }
 
 // ---- halves
@@ -201,48 +214,49 @@ struct Finish {
     Finish(T* y, const T* residual, const float* bias, bool relu, i64 K)
         : y(y), residual(residual), bias(bias), floor(relu ? vf{} : vf{} - __builtin_inff()), K(K) {}
 
-    FR_INLINE void operator()(const float* sums, const i64* at, i64 n, i64 panel) const {
+    // Its own function: the loops that call it need their registers.
+    __attribute__((noinline)) void operator()(const float* sums, const i64* at, i64 i0, i64 i1, i64 panel) const {
         const i64 k0 = panel * kPair, outs = K - k0;
-        if (outs < kPair) return part(sums, at, n, k0, outs);
-        // Pixels that follow each other, as they do but at the ends of rows, need no look at every place.
-        const bool row = at[0] >= 0 && at[n - 1] == at[0] + (n - 1) * K;
-        if (row)
-            residual ? whole<true, true>(sums, at, n, k0) : whole<false, true>(sums, at, n, k0);
+        if (outs < kPair)
+            part(sums, at, i0, i1, k0, outs);
         else
-            residual ? whole<true, false>(sums, at, n, k0) : whole<false, false>(sums, at, n, k0);
+            residual ? whole<true>(sums, at, i0, i1, k0) : whole<false>(sums, at, i0, i1, k0);
     }
 
   private:
-    template <bool kResidual, bool kRow>
-    FR_INLINE void whole(const float* sums, const i64* at, i64 n, i64 k0) const {
+    template <bool kResidual>
+    FR_INLINE void whole(const float* sums, const i64* at, i64 i0, i64 i1, i64 k0) const {
         constexpr int kVectors = int(kPair) / L;
+        const vf least = floor;
         vf b[kVectors];
         for (int v = 0; v < kVectors; ++v) b[v] = bias ? load(bias + k0 + v * L) : vf{};
-        for (i64 i = 0; i < n; ++i, sums += kPair) {
-            if (!kRow && at[i] < 0) continue;
-            const i64 pixel = (kRow ? at[0] + i * K : at[i]) + k0;
-            T* to = y + pixel;
-            const T* r = kResidual ? residual + pixel : nullptr;
-            for (int v = 0; v < kVectors; v += 2, to += 2 * L) {
-                vf first = load(sums + v * L) + b[v], second = load(sums + v * L + L) + b[v + 1];
-                if (kResidual) first += load(r + v * L), second += load(r + v * L + L);
-                first = at_least(first, floor), second = at_least(second, floor);
+        T* const to = y + k0;
+        const T* const from = residual + k0;
+        for (i64 i = i0; i < i1; ++i) {
+            const i64 pixel = at[i];
+            if (pixel < 0) continue;
+            for (int v = 0; v < kVectors; v += 2) {
+                const float* s = sums + i * kPair + v * L;
+                vf first = load(s) + b[v], second = load(s + L) + b[v + 1];
+                if (kResidual) first += load(from + pixel + v * L), second += load(from + pixel + v * L + L);
+                first = at_least(first, least), second = at_least(second, least);
                 if constexpr (!kHalves<T>) {
-                    store_narrow(reinterpret_cast<u16*>(to), first, second);
+                    store_narrow(reinterpret_cast<u16*>(to + pixel + v * L), first, second);
                 } else {
-                    store(to, first);
-                    store(to + L, second);
+                    store(to + pixel + v * L, first);
+                    store(to + pixel + v * L + L, second);
                 }
             }
         }
     }
 
-    void part(const float* sums, const i64* at, i64 n, i64 k0, i64 outs) const {
-        for (i64 i = 0; i < n; ++i, sums += kPair) {
+    void part(const float* sums, const i64* at, i64 i0, i64 i1, i64 k0, i64 outs) const {
+        for (i64 i = i0; i < i1; ++i) {
             if (at[i] < 0) continue;
+            const float* s = sums + i * kPair;
             i64 k = 0;
-            for (; k + L <= outs; k += L) lanes(sums + k, at[i], k0 + k, Full());
-            if (k < outs) lanes(sums + k, at[i], k0 + k, Tail{int(outs - k), false});
+            for (; k + L <= outs; k += L) lanes(s + k, at[i], k0 + k, Full());
+            if (k < outs) lanes(s + k, at[i], k0 + k, Tail{int(outs - k), false});
         }
     }
 

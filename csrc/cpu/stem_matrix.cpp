@@ -93,13 +93,13 @@ class Worker {
         i64 at = -width_;
         blocks<T, 1>(
             t, sums, o, g_.Q, 0, panels_, nullptr, [&] { return at += width_; }, [] {},
-            [&](const float* block, const i64* pixels, i64 n, i64 panel) {
-                keep(block, n, panel, out + pixels[0] + panel * kPair);
+            [&](const float* block, const i64* pixels, i64 i0, i64 i1, i64 panel) {
+                keep(block + i0 * kPair, i1 - i0, panel, out + pixels[i0] + panel * kPair);
             });
     }
 
     // A block into the ring, whose pixels follow each other.
-    FR_INLINE void keep(const float* block, i64 n, i64 panel, Kept* to) const {
+    __attribute__((noinline)) void keep(const float* block, i64 n, i64 panel, Kept* to) const {
         constexpr int kVectors = int(kPair) / L;
         vf bias[kVectors];
         for (int v = 0; v < kVectors; ++v) {

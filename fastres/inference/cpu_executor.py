@@ -132,7 +132,7 @@ class CpuSegment:
             if any(len(of_conv) > 1 for of_conv in kinds.values()) and torch.Size(shape).numel():
                 self._choices[key] = self._measured(measured, kinds)
             else:
-                self._choices[key] = {p: Choice(DIRECT) for p in kinds}
+                self._choices[key] = {p: Choice(of_conv[0]) for p, of_conv in kinds.items()}
             if torch.Size(shape).numel():
                 self._turns[key] = self._best_turns(measured, self._choices[key].__getitem__)
             for p in kinds:

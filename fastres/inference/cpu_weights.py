@@ -38,16 +38,18 @@ class Choice:
 
 
 def matrix(dtype: torch.dtype, precision: str) -> tuple[int, ...]:
-    """The matrix unit's kernel for a dtype, where the precision allows it and the unit is there."""
-    exact = precision == "exact" or (dtype == torch.float32 and precision != "high")
-    if exact or dtype == torch.float64 or cpu_matrix.unit() not in UNITS:
+    """The matrix unit's kernel for a dtype, where the precision allows it and the unit is there. Products of bfloat16
+    lose nothing, whatever the precision."""
+    if dtype == torch.float64 or cpu_matrix.unit() not in UNITS:
         return ()
-    return (-1,) if dtype == torch.bfloat16 else (-3,)
+    if dtype == torch.bfloat16:
+        return (-1,)
+    return () if precision == "exact" or (dtype == torch.float32 and precision != "high") else (-3,)
 
 
 def whole(node, dtype: torch.dtype, precision: str) -> tuple[int, ...]:
-    """The matrix unit's kernel for a whole node, as `matrix`, where there is one."""
-    if not isinstance(node, Block):
+    """The matrix unit's kernel for a whole node, as `matrix`, where there is one and a choice is allowed."""
+    if not isinstance(node, Block) or precision == "exact":
         return ()
     shapes = [(tuple(c.weight.shape), c.geometry) for c in node.convs()]
     return () if cpu_matrix.block_why_not(shapes, node.shortcut is not None) else matrix(dtype, precision)
@@ -103,14 +105,17 @@ class Packed:
         return sum(t.numel() * t.element_size() for t in (self.weight, self.bias, *self._held.values()))
 
     def kinds(self, dtype: torch.dtype, precision: str) -> tuple[int, ...]:
-        """The kernels that can serve."""
+        """The kernels that can serve; one under "exact", whose bits do not depend on the clock."""
         if self.stem:
             served = not cpu_matrix.stem_why_not(self.weight.shape, self.conv.geometry)
-            return (DIRECT, *(matrix(dtype, precision) if served else ()))
+            unit = matrix(dtype, precision) if served else ()
+            return unit if unit and precision == "exact" else (DIRECT, *unit)
         w = torch.empty(1, dtype=dtype).expand(self.weight.shape)
         x = torch.empty(1, dtype=dtype).expand(1, self.conv.inputs, 16, 16)
         fast = precision != "exact" and not cpu_winograd.why_not(x, w, self.conv.geometry)
         unit = matrix(dtype, precision) if self.conv.groups == 1 else ()
+        if unit and precision == "exact":
+            return unit
         return (DIRECT, *(cpu_winograd.OUTS[self.conv.stride[0]] if fast else ()), *unit)
 
     def error(self, out: int) -> float:
