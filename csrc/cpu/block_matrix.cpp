@@ -92,11 +92,10 @@ class Worker {
     void expect(const T* x, const Rows* rows) {
         const ConvShape& g = net_.levels[0].g;
         const i64 first = rows[0].last * g.stride_h + g.pad_h, last = first + rows[0].count() * g.stride_h;
-        ahead_.next = reinterpret_cast<const char*>(x + min_of(first, g.H) * g.W * g.C);
-        ahead_.end = reinterpret_cast<const char*>(x + min_of(last, g.H) * g.W * g.C);
+        const T *from = x + min_of(first, g.H) * g.W * g.C, *to = x + min_of(last, g.H) * g.W * g.C;
         const Level& level = net_.levels[last_];
-        const i64 left = ceil_div(pixels_of(level, rows[last_]), kPair) * panels_of(level.g);
-        ahead_.lines = ceil_div(ahead_.end - ahead_.next, 64 * max_of(1, left));
+        const i64 blocks = ceil_div(pixels_of(level, rows[last_]), kPair) * panels_of(level.g);
+        ahead_ = Ahead(from, (to - from) * i64(sizeof(T)), 2 * blocks * level.planes.steps);
     }
 
     // Before rows of a convolution are made: its planes keep what the strip before them (of `made` rows) had in common
@@ -150,11 +149,10 @@ class Worker {
         };
         const Operand o[1] = {input(k, x, rows)};
         const float* bias = level.bias;
-        blocks<T, 1>(
-            tiles_, sums_, o, pixels_of(level, rows), 0, panels_of(g), level.there ? edge_ : nullptr, place, [] {},
-            [&](const float* sums, const i64* at, i64 i0, i64 i1, i64 panel) {
-                into_planes(sums, at, i0, i1, bias + panel * kPair, to + panel * p.chunk, p.low);
-            });
+        blocks<T, 1>(tiles_, sums_, o, pixels_of(level, rows), 0, panels_of(g), level.there ? edge_ : nullptr, nothing_,
+                     place, [&](const float* sums, const i64* at, i64 i0, i64 i1, i64 panel) {
+                         into_planes(sums, at, i0, i1, bias + panel * kPair, to + panel * p.chunk, p.low);
+                     });
     }
 
     static __attribute__((noinline)) void into_planes(const float* sums, const i64* at, i64 i0, i64 i1,
@@ -189,20 +187,19 @@ class Worker {
             at += g.K;
             return at - g.K;
         };
-        const auto before = [&] { ahead_.step(); };
         const auto done = [&](const float* sums, const i64* to, i64 i0, i64 i1, i64 panel) {
             finish_(sums, to, i0, i1, panel);
         };
         const i64 count = pixels_of(level, rows), panels = panels_of(g);
         if (!net_.projection) {
             const Operand o[1] = {input(last_, x, rows)};
-            blocks<T, 1>(tiles_, sums_, o, count, 0, panels, nullptr, place, before, done);
+            blocks<T, 1>(tiles_, sums_, o, count, 0, panels, nullptr, ahead_, place, done);
             return;
         }
         gather(x, rows, pitch);
         const Operand o[2] = {input(last_, x, rows),
                               operand(*net_.projection, memory_ + net_.projection->data, kDepth)};
-        blocks<T, 2>(tiles_, sums_, o, count, 0, panels, nullptr, place, before, done);
+        blocks<T, 2>(tiles_, sums_, o, count, 0, panels, nullptr, ahead_, place, done);
     }
 
     // The pixels that the projection reads, at the pitch of the last convolution's.
@@ -224,7 +221,7 @@ class Worker {
     const int last_;
     const Finish<T> finish_;
     Rows rows_[kMost];  // of the strip before
-    Ahead ahead_;
+    Ahead ahead_, nothing_;
     Tiles tiles_;
     Sums sums_;
 };

@@ -59,9 +59,15 @@ void global_mean(int dtype, const void* x, i64 N, i64 M, i64 C, void* y, i64 ctx
 // conv_fprop on the matrix unit (conv_matrix.h), one group: products of bfloat16 where the activations are, else of
 // float32 as sums of two bfloat16. packed: what matrix_pack made of the float32 weights for the dtype.
 // matrix_unit: one of cpu_runtime::MatrixUnit (matrix_unit.h).
+// following: the call that comes next, if it is one of these; its first weights are fetched meanwhile.
 i64 matrix_unit();
+struct Following {
+    ConvShape shape;
+    const float* packed;
+    bool residual;
+};
 void matrix_fprop(int dtype, const void* x, const float* packed, const ConvShape& shape, const float* bias /*or null*/,
-                  const void* residual /*or null*/, int relu, void* y, i64 ctx);
+                  const void* residual /*or null*/, int relu, void* y, const Following* following /*or null*/, i64 ctx);
 i64 matrix_packed_floats(int dtype, const ConvShape& shape);
 void matrix_pack(int dtype, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed,
                  i64 ctx);

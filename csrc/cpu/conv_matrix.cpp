@@ -51,25 +51,53 @@ struct Shares {
     }
 };
 
+// How a convolution is made: in place or from planes, shared among threads, and by panels in groups.
+template <class T>
+struct Scheme {
+    ConvShape g;  // dense
+    bool there;
+    i64 rows, panels, steps, panel_bytes, group;
+    Shares shares;
+
+    Scheme(const ConvShape& whole, bool residual, i64 threads)
+        : g(dense(whole)),
+          there(in_place<T>(whole)),
+          rows(there ? g.N * g.H * g.W : g.N * g.P),
+          panels(panels_of(g)),
+          steps(steps_of(g)),
+          panel_bytes(steps * kStepWeights<T> * i64(sizeof(u16))),
+          shares(threads, rows, there ? 1 : Planes(g, 1, kHalves<T>).pitch, panels, steps,
+                 double(g.N * g.H * g.W * g.C) * sizeof(T), residual ? double(g.N * g.P * g.Q * g.K) * sizeof(T) : 0,
+                 double(panel_bytes / steps)) {
+        // Panels that a task passes over together, so that they stay in L2, where the next group has to find a place
+        // as well.
+        const i64 mine = ceil_div(panels, shares.panels), most = l2_bytes() / panel_bytes;
+        group = mine <= most / 3 ? mine : max_of(1, most / 6);
+    }
+    i64 panel(i64 task, i64 further = 0) const { return panels * (task % shares.panels + further) / shares.panels; }
+    i64 row(i64 task, i64 further = 0) const { return rows * (task / shares.panels + further) / shares.pixels; }
+};
+
 template <class T>
 class Worker {
   public:
-    // g: dense; whole: what it was made of.
     Worker(const ConvShape& g, const ConvShape& whole, const T* x, const u16* w, const Finish<T>& finish,
-           const Planes& planes, const i64* steps, u16* scratch)
+           const Planes& planes, const i64* steps, u16* scratch, i64 group, Ahead following)
         : g_(g),
           whole_(whole),
           x_(x),
           finish_(finish),
           planes_(planes),
           scratch_(scratch),
+          group_(group),
+          following_(following),
           operand_{nullptr, kDepth, steps, steps_of(g), planes.low, w} {}
 
     // Pixels [first, last) of all images.
     void run_in_place(i64 first, i64 last, i64 panel0, i64 panel1) {
         operand_.x = reinterpret_cast<const u16*>(x_) + first * g_.C;
         operand_.pitch = g_.C;
-        groups(panel0, panel1, [&](i64 g0, i64 g1) {
+        groups(panel0, panel1, ceil_div(last - first, kPair), true, [&](i64 g0, i64 g1) {
             i64 at = (first - 1) * g_.K;
             pixels(last - first, g0, g1, scratch_, [&] { return at += g_.K; });
         });
@@ -82,11 +110,13 @@ class Worker {
         const i64 x_pixel = (picked ? whole_.stride_w : 1) * g_.C;
         for (i64 r = first; r < last; r += strip) {
             const i64 end = min_of(last, r + strip);
+            i64 passes = 0;
             parts(r, end, [&](i64 image, i64 i0, i64 n, i64 row) {
+                passes += ceil_div((n - 1) * planes_.pitch + g_.Q, kPair);
                 planes_.fill(g_, x_ + image * whole_.H * whole_.W * g_.C, x_row, x_pixel, i0 * g_.stride_h - g_.pad_h,
                              0, (n - 1) * g_.stride_h + planes_.reach_h, scratch_ + row * planes_.pitch * kDepth);
             });
-            groups(panel0, panel1, [&](i64 g0, i64 g1) {
+            groups(panel0, panel1, passes, end == last, [&](i64 g0, i64 g1) {
                 parts(r, end, [&](i64 image, i64 i0, i64 n, i64 row) {
                     operand_.x = scratch_ + row * planes_.pitch * kDepth;
                     i64 at = (image * g_.P + i0) * g_.Q * g_.K, j = 0;
@@ -102,12 +132,21 @@ class Worker {
     }
 
   private:
-    // Panels whose weights stay in L2 together.
+    // Groups of panels, each passed over `passes` times; last: nothing of this convolution comes after them.
     template <class F>
-    void groups(i64 panel0, i64 panel1, const F& f) const {
-        const i64 panel = steps_of(g_) * kStepWeights<T> * i64(sizeof(u16));
-        const i64 fit = max_of(1, l2_bytes() / 3 / panel);
-        for (i64 g = panel0; g < panel1; g += fit) f(g, min_of(panel1, g + fit));
+    void groups(i64 panel0, i64 panel1, i64 passes, bool last, const F& f) {
+        const i64 panel = steps_of(g_) * kStepWeights<T>;
+        for (i64 g = panel0; g < panel1; g += group_) {
+            const i64 end = min_of(panel1, g + group_), times = 2 * passes * (end - g) * steps_of(g_);
+            if (end < panel1)
+                ahead_ =
+                    Ahead(operand_.w + end * panel, min_of(panel1 - end, group_) * panel * i64(sizeof(u16)), times);
+            else if (last)
+                ahead_ = Ahead(following_.next, following_.end - following_.next, times);
+            else
+                ahead_ = Ahead();
+            f(g, end);
+        }
     }
 
     // f(image, first row, rows, row of the planes) for the images that rows [first, last) are of.
@@ -124,9 +163,8 @@ class Worker {
 
     template <class Next>
     void pixels(i64 count, i64 g0, i64 g1, u16* edge, Next&& next) {
-        blocks<T, 1>(
-            tiles_, sums_, {operand_}, count, g0, g1, edge, next, [] {},
-            [&](const float* sums, const i64* at, i64 i0, i64 i1, i64 g) { finish_(sums, at, i0, i1, g); });
+        blocks<T, 1>(tiles_, sums_, {operand_}, count, g0, g1, edge, ahead_, next,
+                     [&](const float* sums, const i64* at, i64 i0, i64 i1, i64 g) { finish_(sums, at, i0, i1, g); });
     }
 
     const ConvShape &g_, &whole_;
@@ -134,45 +172,54 @@ class Worker {
     const Finish<T>& finish_;
     const Planes& planes_;
     u16* scratch_;
+    const i64 group_;
+    const Ahead following_;
+    Ahead ahead_;
     Operand operand_;
     Tiles tiles_;
     Sums sums_;
 };
 
+// The weights that a task reads first.
+template <class T>
+Ahead first_weights(const Following& next, i64 threads, i64 task) {
+    const Scheme<T> scheme(next.shape, next.residual, threads);
+    if (task >= scheme.shares.pixels * scheme.shares.panels) return {};
+    const i64 p0 = scheme.panel(task), p1 = min_of(scheme.panel(task, 1), p0 + scheme.group);
+    const char* w = reinterpret_cast<const char*>(next.packed);
+    return {w + p0 * scheme.panel_bytes, (p1 - p0) * scheme.panel_bytes, 1};
+}
+
 template <class T>
 void run(const ConvShape& whole, const T* x, const u16* w, const float* bias, const T* residual, bool relu, T* y,
-         i64 threads) {
-    const bool there = in_place<T>(whole);
-    const ConvShape g = dense(whole);
-    const i64 rows = there ? g.N * g.H * g.W : g.N * g.P, panels = panels_of(g), steps = steps_of(g);
-    const i64 row_pixels = there ? 1 : Planes(g, 1, kHalves<T>).pitch;
-    const Shares shares(threads, rows, row_pixels, panels, steps, double(g.N * g.H * g.W * g.C) * sizeof(T),
-                        residual ? double(g.N * g.P * g.Q * g.K) * sizeof(T) : 0,
-                        double(kStepWeights<T> * i64(sizeof(u16))));
-    const i64 mine = ceil_div(rows, shares.pixels);
+         const Following* following, i64 threads) {
+    const Scheme<T> scheme(whole, residual, threads);
+    const ConvShape& g = scheme.g;
+    const Shares& shares = scheme.shares;
+    const i64 mine = ceil_div(scheme.rows, shares.pixels), steps = scheme.steps;
     i64 strip = 1;
-    if (!there) {
+    if (!scheme.there) {
         const i64 row_bytes = Planes(g, 1, kHalves<T>).pitch * g.stride_h * g.stride_w * steps / (g.R * g.S) * kDepth *
                               i64(sizeof(u16)) * (kHalves<T> ? 2 : 1);
         // Where the weights do not fit in L2, each strip reads them from L3.
-        const bool large = panels / shares.panels * steps * kStepWeights<T> * i64(sizeof(u16)) > l2_bytes() / 3;
+        const bool large = scheme.panels / shares.panels * scheme.panel_bytes > l2_bytes() / 3;
         strip = min_of(mine, max_of(1, l2_bytes() / (large ? 2 : 4) / row_bytes));
         strip = ceil_div(mine, ceil_div(mine, strip));
     }
     const i64 images = strip / g.P + 2;
     const Planes planes(g, strip + images * (Planes::rows_of(g, 1)), kHalves<T>);
-    const i64 elements = scratch_elements(there ? kPair * g.C : planes.elements());
+    const i64 elements = scratch_elements(scheme.there ? kPair * g.C : planes.elements());
     const Scratch scratch(threads * elements * sizeof(u16)), offsets(steps * sizeof(i64));
-    steps_to(g, planes, there, static_cast<i64*>(offsets.get()));
+    steps_to(g, planes, scheme.there, static_cast<i64*>(offsets.get()));
     const Finish<T> finish(y, residual, bias, relu, g.K);
     parallel(threads, shares.pixels * shares.panels, [&](i64 first, i64 last, int) {
         for (i64 task = first; task < last; ++task) {
-            const i64 r = task / shares.panels, p = task % shares.panels;
             Worker<T> worker(g, whole, x, w, finish, planes, static_cast<const i64*>(offsets.get()),
-                             static_cast<u16*>(scratch.get()) + task * elements);
-            const i64 r0 = rows * r / shares.pixels, r1 = rows * (r + 1) / shares.pixels;
-            const i64 p0 = panels * p / shares.panels, p1 = panels * (p + 1) / shares.panels;
-            if (there)
+                             static_cast<u16*>(scratch.get()) + task * elements, scheme.group,
+                             following ? first_weights<T>(*following, threads, task) : Ahead());
+            const i64 r0 = scheme.row(task), r1 = scheme.row(task, 1), p0 = scheme.panel(task),
+                      p1 = scheme.panel(task, 1);
+            if (scheme.there)
                 worker.run_in_place(r0, r1, p0, p1);
             else
                 worker.run(r0, r1, p0, p1, strip);
@@ -203,13 +250,13 @@ void matrix_pack(int dtype, const float* w, i64 w_k, i64 w_c, i64 w_tap, const C
 }
 
 void matrix_fprop(int dtype, const void* x, const float* packed, const ConvShape& g, const float* bias,
-                  const void* residual, int relu, void* y, i64 ctx) {
+                  const void* residual, int relu, void* y, const Following* following, i64 ctx) {
     check(g);
     if (g.N * g.P * g.Q == 0 || g.K == 0) return;
     with_narrow(dtype, [&](auto type) {
         using T = decltype(type);
         run<T>(g, static_cast<const T*>(x), reinterpret_cast<const u16*>(packed), bias, static_cast<const T*>(residual),
-               relu != 0, static_cast<T*>(y), max_of(1, ctx));
+               relu != 0, static_cast<T*>(y), following, max_of(1, ctx));
     });
 }
 

@@ -85,12 +85,17 @@ FR_INLINE void accumulate(Tiles& t, const Operand& o, const u16* x0, i64 panel, 
 // From one thread's scratch memory to the next, in bfloat16, where it needs so many.
 inline i64 scratch_elements(i64 elements) { return scratch_pitch(elements * i64(sizeof(u16))) / i64(sizeof(u16)); }
 
-// A part of memory that will be read, fetched into L2 a little with every block.
+// Parts of memory that will be read, fetched into L2 a little at a time.
 struct Ahead {
     const char *next = nullptr, *end = nullptr;
-    i64 lines = 0;  // a block
+    i64 lines = 0;  // each time
+    Ahead() = default;
+    // All of it in so many times.
+    Ahead(const void* from, i64 bytes, i64 times)
+        : next(static_cast<const char*>(from)), end(next + bytes), lines(ceil_div(bytes, 64 * max_of(1, times))) {}
     FR_INLINE void step() {
-        for (i64 i = 0; i < lines && next < end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+        if (next >= end) return;
+        for (i64 i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
     }
 };
 
@@ -101,13 +106,13 @@ struct alignas(64) Sums {
 
 // `count` pixels with the panels [g0, g1): done(sums, at, i0, i1, panel) for the pixels [i0, i1) of a block, pixel i
 // of which lies at[i] elements into whatever done() writes, or nowhere (-1): what next() says of one pixel after the
-// other. before() comes ahead of a block's products. Pixels that lie where x is are copied to `edge`, [kPair, pitch],
-// if a tile would read behind them; null: none do.
+// other. Pixels that lie where x is are copied to `edge`, [kPair, pitch], if a tile would read behind them; null: none
+// do. ahead: what is fetched meanwhile.
 //
 // A block is done a little with every step of the next: its sums are in memory by then, and both run at once.
-template <class T, int kOperands, class Next, class Before, class Done>
+template <class T, int kOperands, class Next, class Done>
 FR_INLINE void blocks(Tiles& t, Sums& sums, const Operand (&o)[kOperands], i64 count, i64 g0, i64 g1, u16* edge,
-                      Next&& next, const Before& before, const Done& done) {
+                      Ahead& ahead, Next&& next, const Done& done) {
     constexpr i64 kRow = kPair * i64(sizeof(float));
     i64 at[2][kPair];  // of two rows of blocks
     struct {
@@ -123,7 +128,7 @@ FR_INLINE void blocks(Tiles& t, Sums& sums, const Operand (&o)[kOperands], i64 c
     i64 steps = 0;
     for (int i = 0; i < kOperands; ++i) steps += o[i].n_steps;
     const i64 some = max_of(8, ceil_div(kPair, 2 * max_of(1, steps)));  // fewer: the calls cost more than they hide
-    const auto beside = [&] { rest(some); };
+    const auto beside = [&] { ahead.step(), rest(some); };
     int turn = 0;
     for (i64 m = 0; m < count; m += kPair) {
         const i64 n = min_of(kPair, count - m);
@@ -136,7 +141,6 @@ FR_INLINE void blocks(Tiles& t, Sums& sums, const Operand (&o)[kOperands], i64 c
             x[0] = edge;
         }
         for (i64 g = g0; g < g1; ++g, turn ^= 1) {
-            before();
             t.zero<0>();
             t.zero<1>();
             t.zero<2>();

@@ -189,8 +189,8 @@ FORWARD(stem_pack, (const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape
 FORWARD(global_mean, (int dtype, const void* x, i64 N, i64 M, i64 C, void* y, i64 ctx), dtype, x, N, M, C, y, ctx)
 FORWARD(matrix_fprop,
         (int dtype, const void* x, const float* packed, const ConvShape& shape, const float* bias, const void* residual,
-         int relu, void* y, i64 ctx),
-        dtype, x, packed, shape, bias, residual, relu, y, ctx)
+         int relu, void* y, const Following* following, i64 ctx),
+        dtype, x, packed, shape, bias, residual, relu, y, following, ctx)
 FORWARD(matrix_pack,
         (int dtype, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed, i64 ctx), dtype,
         w, w_k, w_c, w_tap, shape, packed, ctx)

@@ -167,7 +167,7 @@ void extras(pybind11::module_& m) {
         [](int dtype, Address x, Address packed, const Sizes& sizes, Address bias, Address residual, int relu,
            Address y, i64 ctx) {
             matrix_fprop(dtype, pointer<void>(x), pointer<float>(packed), shape_of(sizes), pointer<float>(bias),
-                         pointer<void>(residual), relu, pointer<void>(y), ctx);
+                         pointer<void>(residual), relu, pointer<void>(y), nullptr, ctx);
         },
         released, "See csrc/cpu/conv.h.");
     m.def("matrix_packed_floats",

@@ -20,7 +20,7 @@ struct Places {
     }
 };
 
-void run_step(int dtype, const Step& s, const Places& at, i64 threads) {
+void run_step(int dtype, const Step& s, const Step* next, const Places& at, i64 threads) {
     const char *src = at.of(s.src), *residual = at.of(s.residual);
     char* dst = at.of(s.dst);
     switch (s.op) {
@@ -30,8 +30,12 @@ void run_step(int dtype, const Step& s, const Places& at, i64 threads) {
             return winograd_fprop(dtype, src, s.packed, s.shape, s.out, s.bias, residual, s.relu, dst, threads);
         case Op::kStem:
             return stem_conv(dtype, src, s.packed, s.shape, s.pool, s.bias, dst, threads);
-        case Op::kMatrix:
-            return matrix_fprop(dtype, src, s.packed, s.shape, s.bias, residual, s.relu, dst, threads);
+        case Op::kMatrix: {
+            if (!next || next->op != Op::kMatrix)
+                return matrix_fprop(dtype, src, s.packed, s.shape, s.bias, residual, s.relu, dst, nullptr, threads);
+            const Following following{next->shape, next->packed, next->residual != kNone};
+            return matrix_fprop(dtype, src, s.packed, s.shape, s.bias, residual, s.relu, dst, &following, threads);
+        }
         case Op::kMatrixStem:
             return matrix_stem(dtype, src, s.packed, s.shape, s.pool, s.bias, dst, threads);
         case Op::kBlock: {
@@ -53,7 +57,7 @@ void Program::run(const void* x, void* y, i64 threads, double* seconds) const {
     auto before = Clock::now();
     const auto steps = [&](std::size_t first, std::size_t last) {
         for (std::size_t i = first; i < last; ++i) {
-            run_step(dtype_, steps_[i], at, threads);
+            run_step(dtype_, steps_[i], i + 1 < steps_.size() ? &steps_[i + 1] : nullptr, at, threads);
             if (!seconds) continue;
             const auto now = Clock::now();
             seconds[i] += std::chrono::duration<double>(now - before).count();

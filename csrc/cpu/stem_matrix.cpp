@@ -91,8 +91,9 @@ class Worker {
         }
         const Operand o[1] = {{rows, g_.stride_w * kColors, steps, g_.R, low_, w_}};
         i64 at = -width_;
+        Ahead nothing;
         blocks<T, 1>(
-            t, sums, o, g_.Q, 0, panels_, nullptr, [&] { return at += width_; }, [] {},
+            t, sums, o, g_.Q, 0, panels_, nullptr, nothing, [&] { return at += width_; },
             [&](const float* block, const i64* pixels, i64 i0, i64 i1, i64 panel) {
                 keep(block + i0 * kPair, i1 - i0, panel, out + pixels[i0] + panel * kPair);
             });
