@@ -295,3 +295,50 @@ def test_stems(isa, dtype, monkeypatch):
             again = segment.run(x)
             torch.set_num_threads(threads)
             assert torch.equal(again.nan_to_num(), got.nan_to_num())
+
+
+# N, C, groups, H, W, kernel, stride: groups of 1 to 32 channels, x read where it is, strides of both kinds.
+GROUPED = [
+    (2, 128, 32, 14, 13, 3, 1),
+    (3, 128, 32, 15, 13, 3, 2),
+    (1, 64, 64, 9, 9, 3, 1),
+    (5, 64, 2, 7, 7, 3, 1),
+    (2, 96, 6, 9, 8, 1, 1),
+    (2, 96, 6, 9, 8, 1, 2),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_groups(isa, dtype):
+    """Groups that fill panels together: within the dtype's limit of float64, exact integers exact, any threads."""
+    for N, C, groups, H, W, kernel, stride in GROUPED:
+        g = torch.Generator().manual_seed(0)
+        geometry = (pair(stride), pair(kernel // 2), (1, 1), groups)
+        for integers in (False, True):
+            make = (lambda *s: torch.randint(-4, 5, s, generator=g).float()) if integers else (  # noqa: E731
+                lambda *s: torch.randn(*s, generator=g))  # fmt: skip
+            x, bias = make(N, C, H, W).to(dtype).to(memory_format=CL), make(C)
+            w = make(C, C // groups, kernel, kernel)
+            w = w.to(dtype).float() if dtype == torch.bfloat16 else w
+            packed = cpu_matrix.pack(w, dtype, groups)
+            got = cpu_matrix.fprop(x, packed, w.shape, geometry, bias, None, True)
+            want = F.conv2d(x.double(), w.double(), bias.double(), *geometry).relu()
+            if integers:
+                assert torch.equal(got.double(), want.to(dtype).double())
+                continue
+            taps = C // groups * kernel**2
+            lost = 0 if dtype == torch.bfloat16 else taps * 2**-16 / 8
+            limit = lost + 4 * taps**0.5 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps / 2
+            error = (got.double() - want).abs().max()
+            assert error <= limit * want.abs().max(), f"{C} {groups} {kernel} {stride}: {error}"
+            threads = torch.get_num_threads()
+            torch.set_num_threads(threads + 2)
+            again = cpu_matrix.fprop(x, packed, w.shape, geometry, bias, None, True)
+            torch.set_num_threads(threads)
+            assert torch.equal(again, got)
+
+
+def test_groups_that_do_not_fill_panels_are_refused():
+    w = torch.randn(96, 48, 3, 3)
+    with pytest.raises(ValueError, match="groups: got 2 for"):
+        cpu_matrix.pack(w, torch.bfloat16, 2)

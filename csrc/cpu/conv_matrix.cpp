@@ -8,21 +8,23 @@
 namespace FASTRES_BACKEND {
 namespace {
 
-// [panel][chunk][tap][hi, lo][tile of 16 outputs][pair of channels][output][2]
+// [panel][chunk][tap][hi, lo][tile of 16 outputs][pair of channels][output][2]; with groups the chunk is the panel's
+// own.
 template <class T>
 void pack(const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, u16* packed, i64 threads) {
-    const i64 taps = g.R * g.S, chunks = ceil_div(g.C, kDepth);
+    const i64 taps = g.R * g.S, steps = steps_of(g), width = g.C / g.groups;
     parallel(threads, panels_of(g), [&](i64 first, i64 last, int) {
         for (i64 panel = first; panel < last; ++panel)
-            for (i64 step = 0; step < chunks * taps; ++step) {
-                u16* to = packed + (panel * chunks * taps + step) * kStepWeights<T>;
+            for (i64 step = 0; step < steps; ++step) {
+                u16* to = packed + (panel * steps + step) * kStepWeights<T>;
                 __builtin_memset(to, 0, kStepWeights<T> * sizeof(u16));
                 const i64 c0 = step / taps * kDepth, k0 = panel * kPair;
                 const float* from = w + k0 * w_k + c0 * w_c + step % taps * w_tap;
                 for (i64 k = 0; k < min_of(kPair, g.K - k0); ++k)
-                    for (i64 c = 0; c < min_of(kDepth, g.C - c0); ++c) {
+                    for (i64 i = 0; i < min_of(kDepth, width - c0); ++i) {
+                        const i64 c = g.groups > 1 ? k / width * width + i : i;
                         u16* at = to + k / kSide * kTile + (c / 2 * kSide + k % kSide) * 2 + c % 2;
-                        pack_one<T>(from[k * w_k + c * w_c], at);
+                        pack_one<T>(from[k * w_k + i * w_c], at);
                     }
             }
     });
@@ -91,12 +93,13 @@ class Worker {
           scratch_(scratch),
           group_(group),
           following_(following),
-          operand_{nullptr, kDepth, steps, steps_of(g), planes.low, w} {}
+          operand_{nullptr, kDepth, steps, steps_of(g), planes.low, w, g.groups > 1 ? planes.chunk : 0} {}
 
     // Pixels [first, last) of all images.
     void run_in_place(i64 first, i64 last, i64 panel0, i64 panel1) {
         operand_.x = reinterpret_cast<const u16*>(x_) + first * g_.C;
         operand_.pitch = g_.C;
+        if (operand_.panel) operand_.panel = kDepth;
         groups(panel0, panel1, ceil_div(last - first, kPair), true, [&](i64 g0, i64 g1) {
             i64 at = (first - 1) * g_.K;
             pixels(last - first, g0, g1, scratch_, [&] { return at += g_.K; });
@@ -199,8 +202,8 @@ void run(const ConvShape& whole, const T* x, const u16* w, const float* bias, co
     const i64 mine = ceil_div(scheme.rows, shares.pixels), steps = scheme.steps;
     i64 strip = 1;
     if (!scheme.there) {
-        const i64 row_bytes = Planes(g, 1, kHalves<T>).pitch * g.stride_h * g.stride_w * steps / (g.R * g.S) * kDepth *
-                              i64(sizeof(u16)) * (kHalves<T> ? 2 : 1);
+        const i64 row_bytes = Planes(g, 1, kHalves<T>).pitch * g.stride_h * g.stride_w * ceil_div(g.C, kDepth) *
+                              kDepth * i64(sizeof(u16)) * (kHalves<T> ? 2 : 1);
         // Where the weights do not fit in L2, each strip reads them from L3.
         const bool large = scheme.panels / shares.panels * scheme.panel_bytes > l2_bytes() / 3;
         strip = min_of(mine, max_of(1, l2_bytes() / (large ? 2 : 4) / row_bytes));
@@ -228,7 +231,9 @@ void run(const ConvShape& whole, const T* x, const u16* w, const float* bias, co
 }
 
 void check(const ConvShape& g) {
-    if (g.groups > 1) throw std::invalid_argument("matrix: expected one group");
+    if (!groups_served(g))
+        throw std::invalid_argument(
+            "matrix: expected one group, or several that fill panels of 32 channels in and out");
     if (!matrix_unit()) throw std::runtime_error("matrix: this processor has no matrix unit");
 }
 

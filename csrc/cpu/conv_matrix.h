@@ -32,6 +32,7 @@ struct Operand {
     i64 n_steps;
     i64 low;  // from hi to lo
     const u16* w;
+    i64 panel = 0;  // from the channels that a panel reads to those of the next
 };
 
 // sums += x . w for one tile of pixels, or for two of them. beside() runs twice a step, between products that do not
@@ -42,7 +43,7 @@ FR_INLINE void accumulate(Tiles& t, const Operand& o, const u16* x0, i64 panel, 
     constexpr i64 kStep = (kHalves ? 4 : 2) * kTile;
     const u16* w = o.w + panel * o.n_steps * kStep;
     for (i64 s = 0; s < o.n_steps; ++s, w += kStep) {
-        const u16* x = x0 + o.steps[s];
+        const u16* x = x0 + panel * o.panel + o.steps[s];
         t.keep_awake();
         if constexpr (kHalves) {
             t.load<4>(x + o.low, bytes);

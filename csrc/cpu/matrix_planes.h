@@ -110,7 +110,13 @@ inline ConvShape dense(const ConvShape& g) {
 }
 
 inline i64 panels_of(const ConvShape& g) { return ceil_div(g.K, kPair); }
-inline i64 steps_of(const ConvShape& g) { return ceil_div(g.C, kDepth) * g.R * g.S; }
+
+// Groups are served where whole ones make up a panel: it reads the input channels of the same numbers, and no others.
+inline bool groups_served(const ConvShape& g) {
+    return g.groups == 1 || (g.C == g.K && g.C % kPair == 0 && kPair % (g.C / g.groups) == 0);
+}
+// Of a panel.
+inline i64 steps_of(const ConvShape& g) { return (g.groups > 1 ? 1 : ceil_div(g.C, kDepth)) * g.R * g.S; }
 
 // Whether x can be read where it is.
 template <class T>
@@ -121,7 +127,7 @@ bool in_place(const ConvShape& g) {
 
 // The steps of a convolution that reads x where it is, or the planes.
 inline void steps_to(const ConvShape& g, const Planes& planes, bool there, i64* to) {
-    for (i64 c = 0; c < planes.chunks; ++c)
+    for (i64 c = 0; c < (g.groups > 1 ? 1 : planes.chunks); ++c)
         for (i64 r = 0; r < g.R; ++r)
             for (i64 s = 0; s < g.S; ++s) *to++ = there ? c * kDepth : c * planes.chunk + planes.tap(g, r, s);
 }

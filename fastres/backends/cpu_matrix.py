@@ -39,15 +39,25 @@ def wins(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
     return unit() == "instructions" and not why_not(x, w, geometry) and min(w.shape[:2]) >= 32
 
 
-def pack(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """The float32 weight ``[K, C, R, S]`` as `fprop` reads it for activations of ``dtype``: dense, of float32 in name
-    only."""
+def groups_serve(w_shape, groups: int) -> bool:
+    """Whether `fprop` serves a weight ``[K, C / groups, R, S]``: one group, or several of as many channels in as out
+    that fill 32 together."""
+    K, C = w_shape[0], w_shape[1] * groups
+    return groups == 1 or (C == K and C % 32 == 0 and 32 % w_shape[1] == 0)
+
+
+def pack(w: Tensor, dtype: torch.dtype, groups: int = 1) -> Tensor:
+    """The float32 weight ``[K, C / groups, R, S]`` as `fprop` reads it for activations of ``dtype``: dense, of float32
+    in name only."""
     if w.dtype != torch.float32 or w.dim() != 4 or not cpu_conv.even_taps(w):
         raise ValueError(f"pack: w: got {w.dtype} {tuple(w.shape)}, expected dense float32 [K, C, R, S]")
     if dtype not in DTYPE_CODE or dtype == torch.float64:
         raise TypeError(f"pack: dtype: got {dtype}, expected float32, bfloat16 or float16")
+    if not groups_serve(w.shape, groups):
+        expected = "as many channels in as out, and groups that fill 32 of them"
+        raise ValueError(f"pack: groups: got {groups} for {tuple(w.shape)}, expected {expected}")
     K, C, R, S = w.shape
-    fields = (1, R, S, C, K, 1, 1, R, S, 1, 1, 0, 0, 1, 1, 1)
+    fields = (1, R, S, C * groups, K, 1, 1, R, S, 1, 1, 0, 0, 1, 1, groups)
     packed = torch.empty(cpu._require().matrix_packed_floats(DTYPE_CODE[dtype], fields))
     cpu._require().matrix_pack(
         DTYPE_CODE[dtype], *cpu_conv.weight_address(w), fields, packed.data_ptr(), torch.get_num_threads()
@@ -85,7 +95,10 @@ def fprop(x: Tensor, packed: Tensor, w_shape, geometry: Geometry, bias: Tensor |
     S]`` for the dtype of x under the instruction set in use; bias ``[K]`` float32; y, if given, is filled and returned.
     Raises TypeError / ValueError naming the argument.
     """
-    p = cpu_conv.problem("fprop", x.shape, torch.empty(1, dtype=x.dtype).expand(*w_shape), geometry, x.dtype)
+    w = torch.empty(1, dtype=x.dtype).expand(*w_shape)
+    p = cpu_conv.problem("fprop", x.shape, w, geometry, x.dtype, packed=geometry[3] > 1)
+    if not groups_serve(w_shape, p.groups):
+        raise ValueError(f"fprop: w_shape: got {tuple(w_shape)} with {p.groups} groups, which pack() does not serve")
     fields, code = cpu_conv.sizes(p), DTYPE_CODE[x.dtype]
     expected = cpu._require().matrix_packed_floats(code, fields)
     if packed.dtype != torch.float32 or packed.numel() != expected:

@@ -79,8 +79,11 @@ class Packed:
                     w = self.weight
                     found = cpu_conv.pack_stem(w) if self.stem else cpu_conv.pack(w, self.conv.groups)
                 elif kind < DIRECT:
-                    pack = cpu_matrix.pack_stem if self.stem else cpu_matrix.pack
-                    found = pack(self.weight, torch.bfloat16 if kind == -1 else torch.float32)
+                    operands = torch.bfloat16 if kind == -1 else torch.float32
+                    if self.stem:
+                        found = cpu_matrix.pack_stem(self.weight, operands)
+                    else:
+                        found = cpu_matrix.pack(self.weight, operands, self.conv.groups)
                 else:
                     found = cpu_winograd.pack(self.weight, kind, self.conv.stride[0])
             self._held[isa, kind] = found
@@ -113,7 +116,7 @@ class Packed:
         w = torch.empty(1, dtype=dtype).expand(self.weight.shape)
         x = torch.empty(1, dtype=dtype).expand(1, self.conv.inputs, 16, 16)
         fast = precision != "exact" and not cpu_winograd.why_not(x, w, self.conv.geometry)
-        unit = matrix(dtype, precision) if self.conv.groups == 1 else ()
+        unit = matrix(dtype, precision) if cpu_matrix.groups_serve(self.weight.shape, self.conv.groups) else ()
         if unit and precision == "exact":
             return unit
         return (DIRECT, *(cpu_winograd.OUTS[self.conv.stride[0]] if fast else ()), *unit)
