@@ -315,8 +315,10 @@ def test_groups(isa, dtype):
         g = torch.Generator().manual_seed(0)
         geometry = (pair(stride), pair(kernel // 2), (1, 1), groups)
         for integers in (False, True):
-            make = (lambda *s: torch.randint(-4, 5, s, generator=g).float()) if integers else (  # noqa: E731
-                lambda *s: torch.randn(*s, generator=g))  # fmt: skip
+
+            def make(*shape, g=g, integers=integers):
+                return torch.randint(-4, 5, shape, generator=g).float() if integers else torch.randn(shape, generator=g)
+
             x, bias = make(N, C, H, W).to(dtype).to(memory_format=CL), make(C)
             w = make(C, C // groups, kernel, kernel)
             w = w.to(dtype).float() if dtype == torch.bfloat16 else w
@@ -342,3 +344,12 @@ def test_groups_that_do_not_fill_panels_are_refused():
     w = torch.randn(96, 48, 3, 3)
     with pytest.raises(ValueError, match="groups: got 2 for"):
         cpu_matrix.pack(w, torch.bfloat16, 2)
+
+
+@pytest.mark.skipif(cpu_matrix.unit() != "instructions", reason="needs a processor with a matrix unit")
+def test_the_report_takes_the_units_own_rate():
+    device = torch.device("cpu")
+    whole = cpu_executor.peak(device, torch.bfloat16, 1, "highest")
+    assert whole > 2e11  # a vector unit of 512 bits reaches about 1.5e11 a core
+    assert 2 < whole / cpu_executor.peak(device, torch.float32, 1, "high") < 4.5
+    assert cpu_executor.peak(device, torch.float32, 1, "highest") is None

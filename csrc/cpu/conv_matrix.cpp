@@ -244,6 +244,21 @@ i64 matrix_unit() {
     return i64(kModelled ? MatrixUnit::kModelled : cpu_runtime::matrix_unit());
 }
 
+void matrix_products(i64 count, i64 ctx) {
+    check({1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1});
+    alignas(64) static const u16 zeros[kTile] = {};
+    const i64 threads = max_of(1, ctx);
+    parallel(threads, threads, [&](i64 first, i64 last, int) {
+        Tiles t;
+        t.load<4>(zeros, kTileBytes), t.load<5>(zeros, kTileBytes);
+        t.load<6>(zeros, kTileBytes), t.load<7>(zeros, kTileBytes);
+        for (i64 n = (last - first) * ceil_div(count, 4); n > 0; --n) {
+            t.dot<0, 4, 6>(), t.dot<1, 4, 7>();
+            t.dot<2, 5, 6>(), t.dot<3, 5, 7>();
+        }
+    });
+}
+
 i64 matrix_packed_floats(int dtype, const ConvShape& g) {
     return panels_of(g) * steps_of(g) * (dtype == kBF16 ? kStepWeights<bf16> : kStepWeights<float>) / 2;
 }

@@ -187,6 +187,7 @@ FORWARD(stem_conv,
 FORWARD(stem_pack, (const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed), w, w_k, w_c,
         w_tap, shape, packed)
 FORWARD(global_mean, (int dtype, const void* x, i64 N, i64 M, i64 C, void* y, i64 ctx), dtype, x, N, M, C, y, ctx)
+FORWARD(matrix_products, (i64 count, i64 ctx), count, ctx)
 FORWARD(matrix_fprop,
         (int dtype, const void* x, const float* packed, const ConvShape& shape, const float* bias, const void* residual,
          int relu, void* y, const Following* following, i64 ctx),

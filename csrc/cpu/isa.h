@@ -39,6 +39,7 @@ using Entry = void (*)();  // a launch function with its type erased
     X(stem_pack)                 \
     X(global_mean)               \
     X(matrix_unit)               \
+    X(matrix_products)           \
     X(matrix_fprop)              \
     X(matrix_packed_floats)      \
     X(matrix_pack)               \

@@ -161,6 +161,7 @@ void extras(pybind11::module_& m) {
 #ifdef FASTRES_TILE_TRAP
     m.def("trap_tiles", &cpu_runtime::trap_tiles, pybind11::arg("on"), "See csrc/cpu/matrix_unit.h.");
 #endif
+    m.def("matrix_products", &matrix_products, released, "See csrc/cpu/conv.h.");
     m.def("matrix_unit", &matrix_unit, "Of the instruction set in use. See csrc/cpu/conv.h.");
     m.def(
         "matrix_fprop",

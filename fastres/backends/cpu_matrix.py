@@ -8,6 +8,8 @@ Computations", ARITH 2019.
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from fastres.problem import Geometry
 
 from . import cpu, cpu_conv
 from .trusted import DTYPE_CODE
+
+_FLOP = 2 * 16 * 16 * 32  # of a product of two tiles
 
 
 def unit() -> str:
@@ -37,6 +41,18 @@ def wins(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
     Not measured in the process: what loads the machine meanwhile would decide, and PyTorch 2.14's bfloat16 convolutions
     on the same unit are wrong for some small images (docs/perf-log.md)."""
     return unit() == "instructions" and not why_not(x, w, geometry) and min(w.shape[:2]) >= 32
+
+
+def peak(threads: int) -> float:
+    """FLOP/s of the unit on ``threads`` threads, products of bfloat16 from registers, the best of some milliseconds."""
+    count, best = 1000, 0.0
+    for _ in range(8):
+        start = time.perf_counter()
+        cpu._require().matrix_products(count, threads)
+        took = time.perf_counter() - start
+        best = max(best, _FLOP * count * threads / took)
+        count = max(1000, min(500_000, int(count * 5e-3 / took)))
+    return best
 
 
 def groups_serve(w_shape, groups: int) -> bool:

@@ -80,8 +80,10 @@ def precision(device: torch.device, dtype: torch.dtype, asked: str) -> str:
     return asked if asked == "exact" or matrix(dtype, asked) else "highest"
 
 
-def peak(device: torch.device, dtype: torch.dtype, threads: int) -> None:
-    """The report takes the rate of ``torch.mm``."""
+def peak(device: torch.device, dtype: torch.dtype, threads: int, precision: str) -> float | None:
+    """Of the matrix unit, where its kernels serve; else the report takes the rate of ``torch.mm``."""
+    kinds = matrix(dtype, precision)
+    return cpu_matrix.peak(threads) / -kinds[0] if kinds and cpu_matrix.unit() == "instructions" else None
 
 
 class CpuSegment:

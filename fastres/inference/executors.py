@@ -69,7 +69,7 @@ class Executor(Protocol):
         """The precision that it computes in where ``asked`` is wanted: that one, or a better one."""
         ...
 
-    def peak(self, device: torch.device, dtype: torch.dtype, threads: int) -> float | None:
+    def peak(self, device: torch.device, dtype: torch.dtype, threads: int, precision: str) -> float | None:
         """FLOP/s of the arithmetic that it uses, measured on this machine; None: it has no measure of its own."""
         ...
 

@@ -195,7 +195,7 @@ def _rates(session: InferenceSession) -> tuple[float, str, float]:
         dtype = torch.float32
     copies = machine.copy_rate(session.device, threads)
     for name in session.target.executors:
-        peak = executors.load(name).peak(session.device, dtype, threads)
+        peak = executors.load(name).peak(session.device, dtype, threads, session.precision)
         if peak is not None:
             return peak, f"the {name} executor's own loop", copies
     return machine.matmul_rate(session.device, dtype, threads), "torch.mm", copies

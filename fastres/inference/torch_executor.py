@@ -33,7 +33,7 @@ def precision(device: torch.device, dtype: torch.dtype, asked: str) -> str:
     return "exact"
 
 
-def peak(device: torch.device, dtype: torch.dtype, threads: int) -> None:
+def peak(device: torch.device, dtype: torch.dtype, threads: int, precision: str) -> None:
     """The report takes the rate of ``torch.mm``."""
 
 
