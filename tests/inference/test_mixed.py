@@ -71,11 +71,18 @@ CHAINS = {
 @pytest.mark.parametrize("name", CHAINS)
 def test_chains_are_cut_where_something_is_unknown(name):
     layers, expected = CHAINS[name]
-    model, x = perturbed(nn.Sequential(*layers)), pixels()
+    model, x = nn.Sequential(*layers), pixels()
+    torch.manual_seed(1)  # the layers were made when this file was read: what came before must not matter
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    model = perturbed(model)
     session = fastres.optimize(model, x)
     assert parts(session) == expected
     for y in (x, pixels(1, 50, 41, seed=3)):
-        assert distance(session(y), truth(model, y)) <= 2e-6
+        wanted = truth(model, y)
+        assert wanted.norm() > 0, "a ReLU left nothing to compare"
+        assert distance(session(y), wanted) <= 2e-6
 
 
 def test_a_wrapper_of_known_parts():
