@@ -61,6 +61,7 @@ void global_mean(int dtype, const void* x, i64 N, i64 M, i64 C, void* y, i64 ctx
 // float32 weights for the dtype. matrix_unit: one of cpu_runtime::MatrixUnit (matrix_unit.h). following: the call that
 // comes next, if it is one of these; its first weights are fetched meanwhile.
 i64 matrix_unit();
+// So many products of two tiles (16,384 FLOP each) on every thread, from registers: what the unit can do at most.
 void matrix_products(i64 count, i64 ctx);
 struct Following {
     ConvShape shape;

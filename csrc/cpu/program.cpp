@@ -31,10 +31,11 @@ void run_step(int dtype, const Step& s, const Step* next, const Places& at, i64 
         case Op::kStem:
             return stem_conv(dtype, src, s.packed, s.shape, s.pool, s.bias, dst, threads);
         case Op::kMatrix: {
-            if (!next || next->op != Op::kMatrix)
-                return matrix_fprop(dtype, src, s.packed, s.shape, s.bias, residual, s.relu, dst, nullptr, threads);
-            const Following following{next->shape, next->packed, next->residual != kNone};
-            return matrix_fprop(dtype, src, s.packed, s.shape, s.bias, residual, s.relu, dst, &following, threads);
+            const bool more = next && next->op == Op::kMatrix;
+            const Following following =
+                more ? Following{next->shape, next->packed, next->residual != kNone} : Following{};
+            return matrix_fprop(dtype, src, s.packed, s.shape, s.bias, residual, s.relu, dst,
+                                more ? &following : nullptr, threads);
         }
         case Op::kMatrixStem:
             return matrix_stem(dtype, src, s.packed, s.shape, s.pool, s.bias, dst, threads);

@@ -95,7 +95,6 @@ class PooledRows {
     FR_INLINE void window(i64 h0, i64 h1, i64 w0, i64 w1, const E* ring, T* y, i64 k, Span span) const {
         if constexpr (!std::is_same_v<E, float>) {
             span.store(y + k, bit_cast<vf>(greatest<vi>(h0, h1, w0, w1, ring + k)));
-            return;
         } else {
             sums(h0, h1, w0, w1, ring, y, k, span);
         }

@@ -43,6 +43,7 @@ class Tiles {
     FR_INLINE void load(const void* from, i64 bytes) {
         __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(bytes), "i"(T) : "memory");
     }
+    // As load, of what is not read again soon: it passes L1 by, where other operands stay.
     template <int T>
     FR_INLINE void load_once(const void* from, i64 bytes) {
         __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(bytes), "i"(T) : "memory");
