@@ -101,6 +101,9 @@ class Worker {
         operand_.pitch = g_.C;
         if (operand_.panel) operand_.panel = kDepth;
         groups(panel0, panel1, ceil_div(last - first, kPair), true, [&](i64 g0, i64 g1) {
+            ahead_.x = pixels_ahead(operand_.x, last - first, g_.C, g1 - g0);
+            if (finish_.residual && g1 - g0 == panels_of(g_))
+                ahead_.residual = pixels_ahead(finish_.residual + first * g_.K, last - first, g_.K, g1 - g0);
             i64 at = (first - 1) * g_.K;
             pixels(last - first, g0, g1, scratch_, [&] { return at += g_.K; });
         });
@@ -142,14 +145,23 @@ class Worker {
         for (i64 g = panel0; g < panel1; g += group_) {
             const i64 end = min_of(panel1, g + group_), times = 2 * passes * (end - g) * steps_of(g_);
             if (end < panel1)
-                ahead_ =
+                ahead_.weights =
                     Ahead(operand_.w + end * panel, min_of(panel1 - end, group_) * panel * i64(sizeof(u16)), times);
             else if (last)
-                ahead_ = Ahead(following_.next, following_.end - following_.next, times);
+                ahead_.weights = Ahead(following_.next, following_.end - following_.next, times);
             else
-                ahead_ = Ahead();
+                ahead_.weights = Ahead();
             f(g, end);
         }
+    }
+
+    // All but the first block of `count` pixels, a block ahead of the products with so many panels. Few of them are in
+    // L2 as they are.
+    Ahead pixels_ahead(const void* from, i64 count, i64 channels, i64 panels) const {
+        const i64 pixel = channels * i64(sizeof(T)), left = count - kPair;
+        if (left * pixel <= cpu_runtime::l2_bytes() / 4) return {};
+        return {static_cast<const char*>(from) + kPair * pixel, left * pixel,
+                2 * ceil_div(left, kPair) * panels * steps_of(g_)};
     }
 
     // f(image, first row, rows, row of the planes) for the images that rows [first, last) are of.
@@ -177,7 +189,7 @@ class Worker {
     u16* scratch_;
     const i64 group_;
     const Ahead following_;
-    Ahead ahead_;
+    Fetch ahead_;
     Operand operand_;
     Tiles tiles_;
     Sums sums_;

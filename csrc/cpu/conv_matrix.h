@@ -100,6 +100,12 @@ struct Ahead {
     }
 };
 
+// What a task fetches meanwhile: weights to come, and of the pixels to come what is read and what is added.
+struct Fetch {
+    Ahead weights, x, residual;
+    FR_INLINE void step() { weights.step(), x.step(), residual.step(); }
+};
+
 // Two blocks' sums.
 struct alignas(64) Sums {
     float block[2][kSums];
@@ -111,9 +117,9 @@ struct alignas(64) Sums {
 // do. ahead: what is fetched meanwhile.
 //
 // A block is done a little with every step of the next: its sums are in memory by then, and both run at once.
-template <class T, int kOperands, class Next, class Done>
+template <class T, int kOperands, class Fetcher, class Next, class Done>
 FR_INLINE void blocks(Tiles& t, Sums& sums, const Operand (&o)[kOperands], i64 count, i64 g0, i64 g1, u16* edge,
-                      Ahead& ahead, Next&& next, const Done& done) {
+                      Fetcher& ahead, Next&& next, const Done& done) {
     constexpr i64 kRow = kPair * i64(sizeof(float));
     i64 at[2][kPair];  // of two rows of blocks
     struct {
