@@ -183,7 +183,7 @@ class Worker {
         for (i64 i = 0; i < chunk_ && next_ < end_; ++i, next_ += 64) __builtin_prefetch(next_, 0, 2);
         const i64 y0 = r.out + j0 * p_.y_j, y1 = second ? second->out : 0;
         for (i64 g = g0; g < g1; ++g) {
-            // The lines that will be written, on their way while the sums are made.
+            // The lines that will be written, and what is added, on their way while the sums are made.
             for (i64 i = 0; i < m; ++i) own(y0 + i * p_.y_j + g * kPanel);
             if (second)
                 for (i64 i = 0; i < m; ++i) own(y1 + i * p_.y_j + g * kPanel);
@@ -217,6 +217,10 @@ class Worker {
         const char* y = reinterpret_cast<const char*>(static_cast<T*>(p_.y) + at);
         __builtin_prefetch(y, 1, 3);
         if (kPanel * sizeof(T) > 64) __builtin_prefetch(y + 64, 1, 3);
+        if (!p_.residual || p_.residual == p_.y) return;
+        const char* r = reinterpret_cast<const char*>(static_cast<const T*>(p_.residual) + at);
+        __builtin_prefetch(r, 0, 3);
+        if (kPanel * sizeof(T) > 64) __builtin_prefetch(r + 64, 0, 3);
     }
 
     // The last panel, of fewer channels.
