@@ -184,9 +184,9 @@ class Worker {
         const i64 y0 = r.out + j0 * p_.y_j, y1 = second ? second->out : 0;
         for (i64 g = g0; g < g1; ++g) {
             // The lines that will be written, and what is added, on their way while the sums are made.
-            for (i64 i = 0; i < m; ++i) own(y0 + i * p_.y_j + g * kPanel);
+            for (i64 i = 0; i < m; ++i) expect_output(y0 + i * p_.y_j + g * kPanel);
             if (second)
-                for (i64 i = 0; i < m; ++i) own(y1 + i * p_.y_j + g * kPanel);
+                for (i64 i = 0; i < m; ++i) expect_output(y1 + i * p_.y_j + g * kPanel);
             const float* w = w_ + g * l_.panel_floats;
             fetch(in, w);
             const i64 reads = g * kPanel / l_.inputs * l_.inputs;  // the panel's first channel
@@ -213,14 +213,16 @@ class Worker {
         }
     }
 
-    void own(i64 at) {
-        const char* y = reinterpret_cast<const char*>(static_cast<T*>(p_.y) + at);
-        __builtin_prefetch(y, 1, 3);
-        if (kPanel * sizeof(T) > 64) __builtin_prefetch(y + 64, 1, 3);
-        if (!p_.residual || p_.residual == p_.y) return;
-        const char* r = reinterpret_cast<const char*>(static_cast<const T*>(p_.residual) + at);
-        __builtin_prefetch(r, 0, 3);
-        if (kPanel * sizeof(T) > 64) __builtin_prefetch(r + 64, 0, 3);
+    void expect_output(i64 at) {
+        lines<1>(static_cast<T*>(p_.y) + at);
+        if (p_.residual && p_.residual != p_.y) lines<0>(static_cast<const T*>(p_.residual) + at);
+    }
+
+    // A panel's channels of one pixel, to be read (0) or written (1).
+    template <int kWrite>
+    static void lines(const T* from) {
+        for (std::size_t at = 0; at < kPanel * sizeof(T); at += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(from) + at, kWrite, 3);
     }
 
     // The last panel, of fewer channels.
