@@ -56,10 +56,10 @@ void matrix_stem_pack(int dtype, const float* w, i64 w_k, i64 w_c, i64 w_tap, co
 // y [N, C] = mean over M of x [N, M, C], summed in float32 in the order of M.
 void global_mean(int dtype, const void* x, i64 N, i64 M, i64 C, void* y, i64 ctx);
 
-// conv_fprop on the matrix unit (conv_matrix.h), one group or several of 1 to 32 channels that divide 32: products of
-// bfloat16 where the activations are, else of float32 as sums of two bfloat16. packed: what matrix_pack made of the
-// float32 weights for the dtype. matrix_unit: one of cpu_runtime::MatrixUnit (matrix_unit.h). following: the call that
-// comes next, if it is one of these; its first weights are fetched meanwhile.
+// conv_fprop on the matrix unit (conv_matrix.h), of the groups that matrix_groups allows: products of bfloat16 where
+// the activations are, else of float32 as sums of two bfloat16. packed: what matrix_pack made of the float32 weights
+// for the dtype. matrix_unit: one of cpu_runtime::MatrixUnit (matrix_unit.h). following: the call that comes next, if
+// it is one of these; its first weights are fetched meanwhile.
 i64 matrix_unit();
 // So many products of two tiles (16,384 FLOP each) on every thread, from registers: what the unit can do at most.
 void matrix_products(i64 count, i64 ctx);
@@ -70,6 +70,8 @@ struct Following {
 };
 void matrix_fprop(int dtype, const void* x, const float* packed, const ConvShape& shape, const float* bias /*or null*/,
                   const void* residual /*or null*/, int relu, void* y, const Following* following /*or null*/, i64 ctx);
+// Whether so many groups of C channels into K are served: one, or several of 1 to 32 channels that fill 32 together.
+i64 matrix_groups(i64 C, i64 K, i64 groups);
 i64 matrix_packed_floats(int dtype, const ConvShape& shape);
 void matrix_pack(int dtype, const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed,
                  i64 ctx);

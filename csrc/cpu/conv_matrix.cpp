@@ -243,7 +243,7 @@ void run(const ConvShape& whole, const T* x, const u16* w, const float* bias, co
 }
 
 void check(const ConvShape& g) {
-    if (!groups_served(g))
+    if (!matrix_groups(g.C, g.K, g.groups))
         throw std::invalid_argument(
             "matrix: expected one group, or several that fill panels of 32 channels in and out");
     if (!matrix_unit()) throw std::runtime_error("matrix: this processor has no matrix unit");
@@ -269,6 +269,11 @@ void matrix_products(i64 count, i64 ctx) {
             t.dot<2, 5, 6>(), t.dot<3, 5, 7>();
         }
     });
+}
+
+// Whole ones make up a panel: it reads the input channels of the same numbers, and no others.
+i64 matrix_groups(i64 C, i64 K, i64 groups) {
+    return groups == 1 || (C > 0 && C == K && C % kPair == 0 && kPair % (C / groups) == 0);
 }
 
 i64 matrix_packed_floats(int dtype, const ConvShape& g) {

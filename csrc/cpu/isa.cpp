@@ -211,6 +211,7 @@ FORWARD_SIZE(matrix_unit, ())
 FORWARD_SIZE(matrix_packed_floats, (int dtype, const ConvShape& shape), dtype, shape)
 FORWARD_SIZE(conv_packed_floats, (const ConvShape& shape), shape)
 FORWARD_SIZE(conv_groups, (i64 C, i64 K, i64 groups), C, K, groups)
+FORWARD_SIZE(matrix_groups, (i64 C, i64 K, i64 groups), C, K, groups)
 FORWARD_SIZE(winograd_packed_floats, (const ConvShape& shape, i64 out), shape, out)
 FORWARD_SIZE(stem_packed_floats, (const ConvShape& shape), shape)
 

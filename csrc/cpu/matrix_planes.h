@@ -111,10 +111,6 @@ inline ConvShape dense(const ConvShape& g) {
 
 inline i64 panels_of(const ConvShape& g) { return ceil_div(g.K, kPair); }
 
-// Groups are served where whole ones make up a panel: it reads the input channels of the same numbers, and no others.
-inline bool groups_served(const ConvShape& g) {
-    return g.groups == 1 || (g.C == g.K && g.C % kPair == 0 && kPair % (g.C / g.groups) == 0);
-}
 // Of a panel.
 inline i64 steps_of(const ConvShape& g) { return (g.groups > 1 ? 1 : ceil_div(g.C, kDepth)) * g.R * g.S; }
 

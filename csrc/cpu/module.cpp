@@ -126,6 +126,7 @@ void extras(pybind11::module_& m) {
         },
         released, "See csrc/cpu/conv.h.");
     m.def("conv_groups", [](i64 C, i64 K, i64 groups) { return conv_groups(C, K, groups) != 0; });
+    m.def("matrix_groups", [](i64 C, i64 K, i64 groups) { return matrix_groups(C, K, groups) != 0; });
     m.def("conv_packed_floats", [](const Sizes& sizes) { return conv_packed_floats(shape_of(sizes)); });
     m.def(
         "conv_pack",

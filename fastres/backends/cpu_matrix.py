@@ -58,8 +58,7 @@ def peak(threads: int) -> float:
 def groups_serve(w_shape, groups: int) -> bool:
     """Whether `fprop` serves a weight ``[K, C / groups, R, S]``: one group, or several of as many channels in as out
     that fill 32 together."""
-    K, C = w_shape[0], w_shape[1] * groups
-    return groups == 1 or (C == K and C % 32 == 0 and 32 % w_shape[1] == 0)
+    return cpu._require().matrix_groups(w_shape[1] * groups, w_shape[0], groups)
 
 
 def pack(w: Tensor, dtype: torch.dtype, groups: int = 1) -> Tensor:
