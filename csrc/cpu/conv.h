@@ -16,16 +16,20 @@ struct ConvShape {
 
 // y [N, P, Q, K] = conv(x, w) [+ bias] [+ residual], then ReLU. w [K, R, S, C] in the dtype of x, with element strides
 // w_k and w_c; taps of [R, S] are w_tap apart; packed, if given, stands in its place. residual has the shape and
-// dtype of y, and may be y.
+// dtype of y, and may be y. pairs: by products of pairs of bfloat16, which x is of and packed, made for it, must be.
 void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w_tap, const float* packed /*or null*/,
-                const ConvShape& shape, const float* bias /*or null*/, const void* residual /*or null*/, int relu,
-                void* y, i64 ctx);
-// Weights laid out once for conv_fprop, in a layout of the instruction set's own. Of the shape K, C, R and S are read.
-i64 conv_packed_floats(const ConvShape& shape);
+                int pairs, const ConvShape& shape, const float* bias /*or null*/, const void* residual /*or null*/,
+                int relu, void* y, i64 ctx);
+// Weights laid out once for conv_fprop, in a layout of the instruction set's own; for pairs rounded to bfloat16, from
+// float32. Of the shape K, C, R and S are read.
+i64 conv_packed_floats(const ConvShape& shape, int pairs);
 // Whether conv_fprop serves so many groups of C channels into K: groups of a panel, or panels of a group, come out
 // even.
-i64 conv_groups(i64 C, i64 K, i64 groups);
-void conv_pack(int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed, i64 ctx);
+i64 conv_groups(i64 C, i64 K, i64 groups, int pairs);
+void conv_pack(int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, int pairs, float* packed,
+               i64 ctx);
+// One of cpu_runtime::PairsUnit (pairs.h).
+i64 pairs_unit();
 
 // conv_fprop by Winograd's F(out x out, 3x3): 3x3 taps of dilation 1, out 2, 3 or 4 with stride 1, 2 or 4 with
 // stride 2. packed: what winograd_pack made of the float32 weights for this out and stride.
@@ -40,11 +44,11 @@ struct PoolShape {
     i64 kernel, stride, padding, P, Q;
 };
 // y [N, pool.P, pool.Q, K] = max_pool(relu(conv(x, w) + bias)) of images [N, H, W, 3], of a stride_w of 2. packed: what
-// stem_pack made of the float32 weights.
-void stem_conv(int dtype, const void* x, const float* packed, const ConvShape& shape, const PoolShape& pool,
+// stem_pack made of the float32 weights. pairs: as of conv_fprop.
+void stem_conv(int dtype, const void* x, const float* packed, int pairs, const ConvShape& shape, const PoolShape& pool,
                const float* bias, void* y, i64 ctx);
-i64 stem_packed_floats(const ConvShape& shape);
-void stem_pack(const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed);
+i64 stem_packed_floats(const ConvShape& shape, int pairs);
+void stem_pack(const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, int pairs, float* packed);
 
 // The same on the matrix unit, of up to 4 channels, 8 columns and 15 rows and any stride; packed as matrix_stem_pack
 // made it for the dtype.

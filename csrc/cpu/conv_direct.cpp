@@ -1,5 +1,5 @@
-// Convolutions tile by tile: a strip of x is laid out in blocks of channels with its border (and widened to float32),
-// small enough to stay in L2; tiles of pixels then pass over the panels of the packed weights.
+// Convolutions tile by tile: a strip of x is laid out in blocks of channels with its border (and widened to float32, or
+// as pairs of bfloat16), small enough to stay in L2; tiles of pixels then pass over the panels of the packed weights.
 #include "cpu/conv_direct.h"
 
 #include "cpu/conv.h"
@@ -19,8 +19,18 @@ struct Layout : WeightsLayout {
 };
 
 // One pixel: its channels [c0, c0 + kBlock) of each block, the last one filled up with zeros.
-template <class T>
+template <class Of, class T>
 FR_INLINE void pack_pixel(const T* x, i64 C, float* to, i64 block) {
+    if constexpr (Of::kChannels == 2) {
+        i64 c = 0;
+        for (; c + 2 * kBlock <= C; c += 2 * kBlock, to += block)
+            for (int v = 0; v < kBlock; v += L) write(to + v, read<vf>(x + c + 2 * v));
+        if (c < C) {
+            for (int v = 0; v < kBlock; v += L) store(to + v, vf{});
+            __builtin_memcpy(to, x + c, (C - c) * sizeof(T));
+        }
+        return;
+    }
     i64 c = 0;
     for (; c + kBlock <= C; c += kBlock, to += block)
         for (int v = 0; v < kBlock; v += L) store(to + v, load(x + c + v));
@@ -37,8 +47,10 @@ struct Row {
     i64 width;
 };
 
-template <class T>
+template <class T, class Of>
 class Worker {
+    using AllTiles = TilesOf<Of>;
+
   public:
     Worker(const Direct& p, const Layout& l, const float* w, float* strip, Row* rows, i64* taps)
         : p_(p), l_(l), w_(w), strip_(strip), rows_(rows), taps_(taps) {}
@@ -119,7 +131,7 @@ class Worker {
             for (i64 q = 0; q < l_.plane; ++q, to += kBlock) {
                 const i64 c = q * p_.step_w + phase + l_.col0;
                 if (inside && c >= 0 && c < W) {
-                    pack_pixel(from + c * p_.C, p_.C, to, block_);
+                    pack_pixel<Of>(from + c * p_.C, p_.C, to, block_);
                 } else {
                     for (i64 b = 0; b < l_.blocks; ++b)
                         for (int v = 0; v < kBlock; v += L) store(to + b * block_ + v, vf{});
@@ -190,7 +202,7 @@ class Worker {
             const float* w = w_ + g * l_.panel_floats;
             fetch(in, w);
             const i64 reads = g * kPanel / l_.inputs * l_.inputs;  // the panel's first channel
-            const i64 block = p_.groups > 1 ? reads / kBlock * block_ : 0;
+            const i64 block = p_.groups > 1 ? reads / (kBlock * Of::kChannels) * block_ : 0;
             const float *a0 = r.in + j0 * kBlock + block, *a1 = second ? second->in + block : a0;
             const i64 k = g * kPanel;
             if (k + kPanel <= p_.K) {
@@ -203,7 +215,7 @@ class Worker {
                                         p_.y_j,
                                         p_.bias ? p_.bias + k : nullptr,
                                         p_.relu};
-                (second ? AllTiles::two_to<T>(m) : AllTiles::one_to<T>(m))(in, a0, a1, w, out);
+                (second ? AllTiles::template two_to<T>(m) : AllTiles::template one_to<T>(m))(in, a0, a1, w, out);
                 continue;
             }
             alignas(64) float sums[kSums];
@@ -270,7 +282,7 @@ void fill_zero(const Direct& p, i64 threads) {
     });
 }
 
-template <class T>
+template <class T, class Of>
 void run(int dtype, const Direct& p, i64 threads) {
     if (p.n_taps == 0) return fill_zero<T>(p, threads);
     Layout l{};
@@ -300,8 +312,8 @@ void run(int dtype, const Direct& p, i64 threads) {
         if (threads % parts || parts > l.panels) continue;
         const i64 rows = threads / parts;
         const double work = double(ceil_div(l.panels, parts)) * double(ceil_div(all_rows, rows));
-        const double cost =
-            work * p.J * kPanel * p.n_taps * l.inputs + 32.0 * double(x_bytes) * parts + 8.0 * double(w_bytes) * rows;
+        const double cost = work * p.J * kPanel * p.n_taps * double(l.inputs) / Of::kChannels +
+                            32.0 * double(x_bytes) * parts + 8.0 * double(w_bytes) * rows;
         if (least < 0 || cost < least) least = cost, row_parts = rows, panel_parts = parts;
     }
 
@@ -326,8 +338,8 @@ void run(int dtype, const Direct& p, i64 threads) {
         for (i64 task = first; task < last; ++task) {
             i64 taps[kMaxTaps];
             const i64 r = task / panel_parts, g = task % panel_parts;
-            Worker<T> worker(p, l, w, static_cast<float*>(strips.get()) + task * strip_floats,
-                             static_cast<Row*>(rows.get()) + task * strip, taps);
+            Worker<T, Of> worker(p, l, w, static_cast<float*>(strips.get()) + task * strip_floats,
+                                 static_cast<Row*>(rows.get()) + task * strip, taps);
             worker.run(all_rows * r / row_parts, all_rows * (r + 1) / row_parts, l.panels * g / panel_parts,
                        l.panels * (g + 1) / panel_parts, strip);
         }
@@ -338,7 +350,8 @@ void run(int dtype, const Direct& p, i64 threads) {
 
 void direct(int dtype, const Direct& p, i64 threads) {
     if (p.N * p.I * p.J == 0 || p.K == 0) return;
-    with_narrow(dtype, [&](auto type) { run<decltype(type)>(dtype, p, max_of(1, threads)); });
+    if (p.pairs) return run<bf16, Pairs>(dtype, p, max_of(1, threads));
+    with_narrow(dtype, [&](auto type) { run<decltype(type), Floats>(dtype, p, max_of(1, threads)); });
 }
 
 }  // namespace FASTRES_BACKEND

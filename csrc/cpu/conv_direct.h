@@ -21,6 +21,7 @@ struct Direct {
     i64 y_n, y_i, y_j;    // strides of y in images, rows and pixels, in elements
     const void *x, *w;
     const float* packed;  // the weights as pack_direct leaves them, in place of w; or null
+    bool pairs;           // products of pairs of bfloat16: of x, and of packed weights, which must be there
     const float* bias;
     const void* residual;
     bool relu;
@@ -31,13 +32,15 @@ struct Direct {
 };
 
 struct WeightsLayout {
-    i64 blocks, panels, panel_floats;  // of the input channels, of the output channels, floats of one of these
-    i64 inputs, in_blocks;             // channels that a panel reads, and their blocks
-    int last_width;                    // channels of the last of in_blocks
+    // Of the input channels, of the output channels, floats of one of these. A pair of bfloat16 stands for a float.
+    i64 blocks, panels, panel_floats;
+    i64 inputs, in_blocks;  // channels that a panel reads, and their blocks
+    int last_width;         // floats of a pixel in the last of in_blocks
 };
 WeightsLayout weights_layout(const Direct& problem);
 
-// Weights for `direct`, laid out once: floats that takes, and the work. Of the problem K, C, taps and w are read.
+// Weights for `direct`, laid out once: floats that takes, and the work. Of the problem K, C, taps and w are read; pairs
+// are made of float32.
 i64 packed_floats(const Direct& problem);
 void pack_direct(int dtype, const Direct& problem, float* packed, i64 threads);
 

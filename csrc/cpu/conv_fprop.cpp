@@ -5,12 +5,13 @@
 #include "cpu/conv_direct.h"
 #include "cpu/conv_grouped.h"
 #include "cpu/conv_tile.h"
+#include "cpu/pairs.h"
 
 namespace FASTRES_BACKEND {
 namespace {
 
-void check(const ConvShape& g) {
-    if (g.groups > 1 && !conv_groups(g.C, g.K, g.groups)) throw std::invalid_argument("conv: unserved groups");
+void check(const ConvShape& g, int pairs) {
+    if (g.groups > 1 && !conv_groups(g.C, g.K, g.groups, pairs)) throw std::invalid_argument("conv: unserved groups");
     if (g.R * g.S > kMaxTaps) throw std::invalid_argument("conv: R * S must be at most 121");
 }
 
@@ -22,36 +23,53 @@ void make_flat(Direct& p) {
     p.y_i = kPixels * p.y_j;
 }
 
+void need_pairs(int dtype, const float* packed) {
+    if (dtype != kBF16 || !packed) throw std::invalid_argument("conv_fprop: pairs: of bfloat16, with packed weights");
+    if (!pairs_unit()) throw std::runtime_error("conv_fprop: this processor has no products of pairs of bfloat16");
+}
+
 i64 floor_mod(i64 a, i64 b) { return (a % b + b) % b; }
 
 }  // namespace
 
-i64 conv_packed_floats(const ConvShape& g) {
-    check(g);
+i64 pairs_unit() {
+#if defined(__AVX512F__)
+    return i64(cpu_runtime::pairs_unit());
+#else
+    return i64(cpu_runtime::PairsUnit::kModelled);
+#endif
+}
+
+i64 conv_packed_floats(const ConvShape& g, int pairs) {
+    check(g, pairs);
     if (grouped_serves(g)) return grouped_packed_floats(g);
     Direct p{};
-    p.C = g.C, p.K = g.K, p.groups = g.groups, p.n_taps = int(g.R * g.S);
+    p.C = g.C, p.K = g.K, p.groups = g.groups, p.n_taps = int(g.R * g.S), p.pairs = pairs != 0;
     return packed_floats(p);
 }
 
-i64 conv_groups(i64 C, i64 K, i64 groups) {
+i64 conv_groups(i64 C, i64 K, i64 groups, int pairs) {
     if (groups == 1) return 1;
     const i64 width = C / groups;
+    if (pairs && (width % kPanel || width % (kBlock * Pairs::kChannels))) return 0;
     return C == K && C % kPanel == 0 && (kPanel % width == 0 || width % kPanel == 0);
 }
 
-void conv_pack(int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, float* packed, i64 ctx) {
-    check(g);
+void conv_pack(int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, int pairs, float* packed,
+               i64 ctx) {
+    check(g, pairs);
+    if (pairs && dtype != kF32) throw std::invalid_argument("conv_pack: pairs are made of float32");
     if (grouped_serves(g)) return grouped_pack(dtype, w, w_k, w_c, w_tap, g, packed, ctx);
     Direct p{};
-    p.C = g.C, p.K = g.K, p.groups = g.groups, p.w = w, p.w_out = w_k, p.w_in = w_c;
+    p.C = g.C, p.K = g.K, p.groups = g.groups, p.w = w, p.w_out = w_k, p.w_in = w_c, p.pairs = pairs != 0;
     for (; p.n_taps < g.R * g.S; ++p.n_taps) p.w_tap[p.n_taps] = p.n_taps * w_tap;
     pack_direct(dtype, p, packed, max_of(1, ctx));
 }
 
-void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w_tap, const float* packed,
+void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w_tap, const float* packed, int pairs,
                 const ConvShape& g, const float* bias, const void* residual, int relu, void* y, i64 ctx) {
-    check(g);
+    check(g, pairs);
+    if (pairs) need_pairs(dtype, packed);
     if (grouped_serves(g)) return grouped_fprop(dtype, x, packed, g, bias, residual, relu != 0, y, ctx);
     Direct p{};
     p.N = g.N, p.H = g.H, p.W = g.W, p.C = g.C, p.I = g.P, p.J = g.Q, p.K = g.K;
@@ -64,7 +82,8 @@ void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w
         }
     p.w_out = w_k, p.w_in = w_c;
     p.y_j = g.K, p.y_i = g.Q * g.K, p.y_n = g.P * p.y_i;
-    p.x = x, p.w = w, p.packed = packed, p.bias = bias, p.residual = residual, p.relu = relu != 0, p.y = y;
+    p.pairs = pairs != 0, p.x = x, p.w = w, p.packed = packed, p.bias = bias, p.residual = residual, p.relu = relu != 0,
+    p.y = y;
     const bool whole = g.H == g.P && g.W == g.Q;
     if (p.n_taps == 1 && p.dr[0] == 0 && p.dc[0] == 0 && g.stride_h == 1 && g.stride_w == 1 && whole) make_flat(p);
     direct(dtype, p, ctx);
@@ -74,7 +93,7 @@ void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w
 // taps with r*dilation = a + pad modulo the stride, and i = m + (a + pad - r*dilation) / stride.
 void conv_dgrad(int dtype, const void* dy, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, void* dx,
                 i64 ctx) {
-    check(g);
+    check(g, 0);
     const i64 item = dtype == kF32 ? 4 : 2;
     for (i64 a = 0; a < min_of(g.stride_h, g.H); ++a)
         for (i64 b = 0; b < min_of(g.stride_w, g.W); ++b) {

@@ -6,11 +6,12 @@ namespace FASTRES_BACKEND {
 
 WeightsLayout weights_layout(const Direct& p) {
     WeightsLayout l{};
-    l.blocks = ceil_div(p.C, kBlock);
+    const i64 channels = p.pairs ? Pairs::kChannels : Floats::kChannels;
+    l.blocks = ceil_div(p.C, kBlock * channels);
     l.panels = ceil_div(p.K, kPanel);
     l.inputs = p.C / max_of(1, p.groups);
-    l.in_blocks = ceil_div(l.inputs, kBlock);
-    l.last_width = int(ceil_div(l.inputs - (l.in_blocks - 1) * kBlock, kStep) * kStep);
+    l.in_blocks = ceil_div(l.inputs, kBlock * channels);
+    l.last_width = int(ceil_div(ceil_div(l.inputs, channels) - (l.in_blocks - 1) * kBlock, kStep) * kStep);
     l.panel_floats = ((l.in_blocks - 1) * kBlock + l.last_width) * p.n_taps * kPanel;
     return l;
 }
@@ -102,6 +103,25 @@ void pack_groups(const Direct& p, const WeightsLayout& l, float* to, i64 threads
     });
 }
 
+// Pairs of input channels, of groups as well.
+void pack_pairs(const Direct& p, const WeightsLayout& l, float* to, i64 threads) {
+    parallel(threads, l.panels, [&](i64 first, i64 last, int) {
+        for (i64 panel = first; panel < last; ++panel) {
+            float* out = to + panel * l.panel_floats;
+            __builtin_memset(out, 0, l.panel_floats * sizeof(float));
+            for (i64 i = 0; i < min_of(kPanel, p.K - panel * kPanel); ++i)
+                for (i64 t = 0; t < p.n_taps; ++t) {
+                    const float* from = static_cast<const float*>(p.w) + p.w_tap[t] + (panel * kPanel + i) * p.w_out;
+                    for (i64 c = 0; c < l.inputs; c += 2) {
+                        const i64 b = c / 2 / kBlock, width = b + 1 < l.in_blocks ? kBlock : l.last_width;
+                        const i64 at = (b * kBlock * p.n_taps + t * width + c / 2 % kBlock) * kPanel + i;
+                        write(out + at, bf16_pair(from[c * p.w_in], c + 1 < l.inputs ? from[(c + 1) * p.w_in] : 0.0f));
+                    }
+                }
+        }
+    });
+}
+
 }  // namespace
 
 i64 packed_floats(const Direct& p) {
@@ -111,6 +131,7 @@ i64 packed_floats(const Direct& p) {
 
 void pack_direct(int dtype, const Direct& p, float* packed, i64 threads) {
     const WeightsLayout l = weights_layout(p);
+    if (p.pairs) return pack_pairs(p, l, packed, threads);
     with_narrow(dtype, [&](auto type) {
         (p.groups > 1 ? pack_groups<decltype(type)> : pack_weights<decltype(type)>)(p, l, packed, threads);
     });

@@ -2,7 +2,7 @@
 // images before the classifier.
 //
 // S pixels of three channels are 3*S values that follow each other in x, and the next output's window starts 6 values
-// further: a filter row is one dense step, and nothing is padded to blocks of channels.
+// further: a filter row is one dense step, and nothing is padded to blocks of channels. 6 values are 3 pairs.
 #include <stdexcept>
 
 #include "cpu/conv_tile.h"
@@ -18,10 +18,14 @@ void check(const ConvShape& g) {
         throw std::invalid_argument("stem_conv: expected 3 channels, a stride_w of 2, no dilation, fewer than 16 rows");
 }
 
-i64 panel_floats(const ConvShape& g) { return g.R * g.S * kColors * kPanel; }
+// Of a filter row; the last pair may be half a zero.
+i64 row_steps(const ConvShape& g, i64 channels) { return ceil_div(g.S * kColors, channels); }
+i64 panel_floats(const ConvShape& g, i64 channels) { return g.R * row_steps(g, channels) * kPanel; }
 
-template <class T>
+template <class T, class Of>
 class StemWorker {
+    static constexpr i64 kChannels = Of::kChannels;
+
   public:
     StemWorker(const ConvShape& g, const PoolShape& pool, const T* x, const float* w, const float* bias, T* y)
         : g_(g),
@@ -30,8 +34,8 @@ class StemWorker {
           panels_(ceil_div(g.K, kPanel)),
           width_(panels_ * kPanel),
           pooled_(g, pool, bias, y, width_, g.Q) {
-        row_floats_ = ceil_div((max_of(g.W, (g.Q - 1) * kStepW + g.S - g.pad_w) + g.pad_w) * kColors, kBlock) * kBlock;
-        row_floats_ = max_of(row_floats_, kBlock);
+        const i64 values = (max_of(g.W, (g.Q - 1) * kStepW + g.S - g.pad_w) + g.pad_w) * kColors + kChannels - 1;
+        row_floats_ = max_of(1, ceil_div(values, kBlock * kChannels)) * kBlock;
     }
 
     // A padded input row for each slot, one of zeros, and the ring.
@@ -43,18 +47,24 @@ class StemWorker {
         __builtin_memset(rows, 0, (kMostRows + 1) * row_floats_ * sizeof(float));
         pooled_.run(
             first, last, rows + (kMostRows + 1) * row_floats_,
-            [&](i64 n, i64 h) { widen(x_ + (n * g_.H + h) * g_.W * kColors, rows + h % kMostRows * row_floats_); },
+            [&](i64 n, i64 h) { lay_out(x_ + (n * g_.H + h) * g_.W * kColors, rows + h % kMostRows * row_floats_); },
             [&](i64 top, float* out) { convolve(top, rows, zeros, out); });
     }
 
   private:
-    void widen(const T* from, float* to) const {
-        to += g_.pad_w * kColors;
+    void lay_out(const T* from, float* to) const {
         i64 i = 0;
         const i64 n = g_.W * kColors;
+        if constexpr (kChannels == 2) {
+            __builtin_memcpy(reinterpret_cast<char*>(to) + g_.pad_w * kColors * sizeof(T), from, n * sizeof(T));
+            return;
+        }
+        to += g_.pad_w * kColors;
         for (; i + L <= n; i += L) store(to + i, load(from + i));
         if (i < n) store_part(to + i, load_part(from + i, int(n - i)), int(n - i));
     }
+
+    static constexpr int kPitch = kStepW * kColors / int(kChannels), kUnroll = kChannels == 2 ? 1 : kColors;
 
     void convolve(i64 top, const float* rows, const float* zeros, float* out) const {
         i64 taps[kMostRows];
@@ -62,14 +72,15 @@ class StemWorker {
             const i64 h = top + r;
             taps[r] = (h >= 0 && h < g_.H ? rows + h % kMostRows * row_floats_ : zeros) - rows;
         }
-        const TileInput in{taps, int(g_.R), 1, 0, int(g_.S * kColors)};
+        const TileInput in{taps, int(g_.R), 1, 0, int(row_steps(g_, kChannels))};
         const i64 count = ceil_div(g_.Q, kPixels);
         for (i64 t = 0; t < count; ++t) {
             const i64 q0 = g_.Q * t / count, m = g_.Q * (t + 1) / count - q0;
-            const float* a = rows + q0 * kStepW * kColors;
+            const float* a = rows + q0 * kPitch;
             for (i64 panel = 0; panel < panels_; ++panel) {
                 float* sums = out + q0 * width_ + panel * kPanel;
-                AllTiles::dense<kStepW * kColors, kColors>(m)(in, a, a, w_ + panel * panel_floats(g_), sums, width_);
+                const float* w = w_ + panel * panel_floats(g_, kChannels);
+                TilesOf<Of>::template dense<kPitch, kUnroll>(m)(in, a, a, w, sums, width_);
             }
         }
     }
@@ -84,36 +95,47 @@ class StemWorker {
 
 }  // namespace
 
-i64 stem_packed_floats(const ConvShape& g) {
+i64 stem_packed_floats(const ConvShape& g, int pairs) {
     check(g);
-    return ceil_div(g.K, kPanel) * panel_floats(g);
+    return ceil_div(g.K, kPanel) * panel_floats(g, pairs ? Pairs::kChannels : Floats::kChannels);
 }
 
-// [panel][tap][channel][kPanel]
-void stem_pack(const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, float* packed) {
+// [panel][row of taps][value of the row, or two][kPanel]
+void stem_pack(const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, int pairs, float* packed) {
     check(g);
+    const i64 channels = pairs ? Pairs::kChannels : Floats::kChannels, values = g.S * kColors;
     for (i64 p = 0; p < ceil_div(g.K, kPanel); ++p)
-        for (i64 t = 0; t < g.R * g.S; ++t)
-            for (i64 c = 0; c < kColors; ++c)
+        for (i64 r = 0; r < g.R; ++r)
+            for (i64 v = 0; v < row_steps(g, channels) * channels; v += channels)
                 for (i64 i = 0; i < kPanel; ++i, ++packed) {
                     const i64 k = p * kPanel + i;
-                    *packed = k < g.K ? w[k * w_k + c * w_c + t * w_tap] : 0.0f;
+                    const auto weight = [&](i64 at) {
+                        const i64 tap = r * g.S + at / kColors;
+                        return k < g.K && at < values ? w[k * w_k + at % kColors * w_c + tap * w_tap] : 0.0f;
+                    };
+                    if (pairs)
+                        write(packed, bf16_pair(weight(v), weight(v + 1)));
+                    else
+                        *packed = weight(v);
                 }
 }
 
-void stem_conv(int dtype, const void* x, const float* packed, const ConvShape& g, const PoolShape& pool,
+void stem_conv(int dtype, const void* x, const float* packed, int pairs, const ConvShape& g, const PoolShape& pool,
                const float* bias, void* y, i64 ctx) {
     check(g);
+    if (pairs && dtype != kBF16) throw std::invalid_argument("stem_conv: pairs: of bfloat16");
+    if (pairs && !pairs_unit()) throw std::runtime_error("stem_conv: this processor has no products of pairs");
     if (g.N * pool.P * pool.Q == 0 || g.K == 0) return;
     const i64 threads = max_of(1, ctx), tasks = g.N * pool.P;
-    with_narrow(dtype, [&](auto type) {
-        using T = decltype(type);
-        const StemWorker<T> worker(g, pool, static_cast<const T*>(x), packed, bias, static_cast<T*>(y));
+    const auto run = [&]<class T, class Of>(T, Of) {
+        const StemWorker<T, Of> worker(g, pool, static_cast<const T*>(x), packed, bias, static_cast<T*>(y));
         const Scratch scratch(threads * worker.scratch_floats() * sizeof(float));
         parallel(threads, tasks, [&](i64 first, i64 last, int thread) {
             worker.run(first, last, static_cast<float*>(scratch.get()) + thread * worker.scratch_floats());
         });
-    });
+    };
+    if (pairs) return run(bf16(), Pairs());
+    with_narrow(dtype, [&](auto type) { run(type, Floats()); });
 }
 
 void global_mean(int dtype, const void* x, i64 N, i64 M, i64 C, void* y, i64 ctx) {

@@ -2,7 +2,8 @@
 //
 // x lies in blocks of kBlock channels, the pixels of a row one after the other ([channel block][row][pixel][kBlock]),
 // weights in panels ([panel][channel block][tap][channel][kPanel]): pixels are at constant distances from each other,
-// whatever the layer's sizes, and weights are read in order.
+// whatever the layer's sizes, and weights are read in order. In place of a float may lie a pair of bfloat16: of two
+// neighbouring input channels, so that a block is 2 * kBlock of them.
 #pragma once
 #include "cpu/isa/rows.h"
 
@@ -14,6 +15,21 @@ constexpr int kPanel = 2 * L;              // output channels of a tile
 constexpr int kPixels = L == 16 ? 14 : 6;  // 2*kPixels sums in 32 (AVX-512) or 16 registers
 constexpr int kWide = kPixels / 2;         // pixels of each row, where a tile takes two
 constexpr i64 kSums = kPixels * i64(kPanel);
+
+// What lies in x and the weights, channels of it in a float's place, and its product.
+struct Floats {
+    static constexpr i64 kChannels = 1;
+    static FR_INLINE vf add(vf a, vf b, vf sum) { return fma(a, b, sum); }
+    template <class T>
+    static FR_INLINE void store(T* y, vf low, vf high) {
+        FASTRES_BACKEND::store(y, low), FASTRES_BACKEND::store(y + L, high);
+    }
+};
+struct Pairs {
+    static constexpr i64 kChannels = 2;
+    static FR_INLINE vf add(vf a, vf b, vf sum) { return dot_pairs(a, b, sum); }
+    static FR_INLINE void store(bf16* y, vf low, vf high) { store_pairs(y, low, high); }
+};
 
 struct TileInput {
     const i64* taps;  // where a tap's pixel lies, in floats from the pixel of the first tap
@@ -33,7 +49,7 @@ constexpr i64 kAhead = 96 * kPanel;
 constexpr int kOwnLines = kStep * kPanel / kLine;
 
 // s [M0 + M1][2]: M0 pixels from a0 on, then M1 pixels from a1 on. kPitch: floats from one pixel to the next.
-template <int M0, int M1, int kPitch, int kUnroll>
+template <class Of, int M0, int M1, int kPitch, int kUnroll>
 FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1, const float* w, vf (&s)[M0 + M1][2]) {
     constexpr int M = M0 + M1;
 #pragma GCC unroll 14
@@ -54,8 +70,8 @@ FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1,
 #pragma GCC unroll 14
                     for (int i = 0; i < M; ++i) {
                         const vf v = splat(i < M0 ? p0 + i * kPitch + u : p1 + (i - M0) * kPitch + u);
-                        s[i][0] = fma(v, w0, s[i][0]);
-                        s[i][1] = fma(v, w1, s[i][1]);
+                        s[i][0] = Of::add(v, w0, s[i][0]);
+                        s[i][1] = Of::add(v, w1, s[i][1]);
                     }
                 }
             }
@@ -64,10 +80,10 @@ FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1,
 }
 
 // The sums as they are, [M0 + M1] rows of kPanel.
-template <int M0, int M1, int kPitch = kBlock, int kUnroll = kStep>
+template <class Of, int M0, int M1, int kPitch = kBlock, int kUnroll = kStep>
 void tile(const TileInput& in, const float* a0, const float* a1, const float* w, float* sums, i64 pitch) {
     vf s[M0 + M1][2];
-    accumulate<M0, M1, kPitch, kUnroll>(in, a0, a1, w, s);
+    accumulate<Of, M0, M1, kPitch, kUnroll>(in, a0, a1, w, s);
 #pragma GCC unroll 14
     for (int i = 0; i < M0 + M1; ++i) {
         store(sums + i * pitch, s[i][0]);
@@ -86,10 +102,10 @@ struct TileOutput {
 };
 
 // The epilogue on the registers: y = act(sums + bias + residual).
-template <class T, int M0, int M1>
+template <class T, class Of, int M0, int M1>
 void tile_to(const TileInput& in, const float* a0, const float* a1, const float* w, const TileOutput<T>& out) {
     vf s[M0 + M1][2];
-    accumulate<M0, M1, kBlock, kStep>(in, a0, a1, w, s);
+    accumulate<Of, M0, M1, kBlock, kStep>(in, a0, a1, w, s);
     const vf none = vf{} - __builtin_inff();
     const vf floor = out.relu ? vf{} : none;
     const vf b0 = out.bias ? load(out.bias) : vf{}, b1 = out.bias ? load(out.bias + L) : vf{};
@@ -101,50 +117,52 @@ void tile_to(const TileInput& in, const float* a0, const float* a1, const float*
             const T* const r = i < M0 ? out.r0 + i * out.pitch : out.r1 + (i - M0) * out.pitch;
             v0 += load(r), v1 += load(r + L);
         }
-        store(y, at_least(v0, floor));
-        store(y + L, at_least(v1, floor));
+        Of::store(y, at_least(v0, floor), at_least(v1, floor));
     }
 }
 
 using TileFunction = void (*)(const TileInput&, const float*, const float*, const float*, float*, i64);
 
 // tiles_of(pixels of the first row, of the second: none or as many).
-template <int... M>
+template <class Of, int... M>
 struct Tiles {
     static TileFunction one(i64 m) {
-        static constexpr TileFunction f[] = {tile<M + 1, 0>...};
+        static constexpr TileFunction f[] = {tile<Of, M + 1, 0>...};
         return f[m - 1];
     }
     // Of pixels of kPitch channels that are not padded to a block; widths are multiples of kUnroll.
     template <int kPitch, int kUnroll>
     static TileFunction dense(i64 m) {
-        static constexpr TileFunction f[] = {tile<M + 1, 0, kPitch, kUnroll>...};
+        static constexpr TileFunction f[] = {tile<Of, M + 1, 0, kPitch, kUnroll>...};
         return f[m - 1];
     }
     template <class T>
     using To = void (*)(const TileInput&, const float*, const float*, const float*, const TileOutput<T>&);
     template <class T>
     static To<T> one_to(i64 m) {
-        static constexpr To<T> f[] = {tile_to<T, M + 1, 0>...};
+        static constexpr To<T> f[] = {tile_to<T, Of, M + 1, 0>...};
         return f[m - 1];
     }
     template <class T>
     static To<T> two_to(i64 m) {
         static constexpr To<T> f[] = {
-            (M < kWide ? tile_to < T, M < kWide ? M + 1 : 1, M < kWide ? M + 1 : 0 > : nullptr)...};
+            (M < kWide ? tile_to < T, Of, M < kWide ? M + 1 : 1, M < kWide ? M + 1 : 0 > : nullptr)...};
         return f[m - 1];
     }
     static TileFunction two(i64 m) {
         static constexpr TileFunction f[] = {
-            (M < kWide ? tile < M < kWide ? M + 1 : 1, M < kWide ? M + 1 : 0 > : nullptr)...};
+            (M < kWide ? tile < Of, M < kWide ? M + 1 : 1, M < kWide ? M + 1 : 0 > : nullptr)...};
         return f[m - 1];
     }
 };
 #if FASTRES_WIDTH == 16
-using AllTiles = Tiles<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13>;
+template <class Of>
+using TilesOf = Tiles<Of, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13>;
 #else
-using AllTiles = Tiles<0, 1, 2, 3, 4, 5>;
+template <class Of>
+using TilesOf = Tiles<Of, 0, 1, 2, 3, 4, 5>;
 #endif
+using AllTiles = TilesOf<Floats>;
 
 }  // namespace
 }  // namespace FASTRES_BACKEND

@@ -161,12 +161,13 @@ FORWARD(stem_bwd_apply,
          const void* coef, i64 P, i64 Q, i64 k, i64 stride, i64 pad, void* dx, i64 ctx),
         dtype, grad, idx, x, N, H, W, C, stat, coef, P, Q, k, stride, pad, dx, ctx)
 FORWARD(conv_fprop,
-        (int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w_tap, const float* packed,
+        (int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w_tap, const float* packed, int pairs,
          const ConvShape& shape, const float* bias, const void* residual, int relu, void* y, i64 ctx),
-        dtype, x, w, w_k, w_c, w_tap, packed, shape, bias, residual, relu, y, ctx)
+        dtype, x, w, w_k, w_c, w_tap, packed, pairs, shape, bias, residual, relu, y, ctx)
 FORWARD(conv_pack,
-        (int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed, i64 ctx), dtype,
-        w, w_k, w_c, w_tap, shape, packed, ctx)
+        (int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, int pairs, float* packed,
+         i64 ctx),
+        dtype, w, w_k, w_c, w_tap, shape, pairs, packed, ctx)
 FORWARD(conv_dgrad,
         (int dtype, const void* dy, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, void* dx,
          i64 ctx),
@@ -181,11 +182,11 @@ FORWARD(winograd_pack,
         (const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, i64 out, float* packed, i64 ctx), w, w_k,
         w_c, w_tap, shape, out, packed, ctx)
 FORWARD(stem_conv,
-        (int dtype, const void* x, const float* packed, const ConvShape& shape, const PoolShape& pool,
+        (int dtype, const void* x, const float* packed, int pairs, const ConvShape& shape, const PoolShape& pool,
          const float* bias, void* y, i64 ctx),
-        dtype, x, packed, shape, pool, bias, y, ctx)
-FORWARD(stem_pack, (const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, float* packed), w, w_k, w_c,
-        w_tap, shape, packed)
+        dtype, x, packed, pairs, shape, pool, bias, y, ctx)
+FORWARD(stem_pack, (const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, int pairs, float* packed), w,
+        w_k, w_c, w_tap, shape, pairs, packed)
 FORWARD(global_mean, (int dtype, const void* x, i64 N, i64 M, i64 C, void* y, i64 ctx), dtype, x, N, M, C, y, ctx)
 FORWARD(matrix_products, (i64 count, i64 ctx), count, ctx)
 FORWARD(matrix_fprop,
@@ -209,10 +210,11 @@ FORWARD(matrix_stem_pack,
 FORWARD_SIZE(matrix_stem_packed_floats, (int dtype, const ConvShape& shape), dtype, shape)
 FORWARD_SIZE(matrix_unit, ())
 FORWARD_SIZE(matrix_packed_floats, (int dtype, const ConvShape& shape), dtype, shape)
-FORWARD_SIZE(conv_packed_floats, (const ConvShape& shape), shape)
-FORWARD_SIZE(conv_groups, (i64 C, i64 K, i64 groups), C, K, groups)
+FORWARD_SIZE(conv_packed_floats, (const ConvShape& shape, int pairs), shape, pairs)
+FORWARD_SIZE(conv_groups, (i64 C, i64 K, i64 groups, int pairs), C, K, groups, pairs)
+FORWARD_SIZE(pairs_unit, ())
 FORWARD_SIZE(matrix_groups, (i64 C, i64 K, i64 groups), C, K, groups)
 FORWARD_SIZE(winograd_packed_floats, (const ConvShape& shape, i64 out), shape, out)
-FORWARD_SIZE(stem_packed_floats, (const ConvShape& shape), shape)
+FORWARD_SIZE(stem_packed_floats, (const ConvShape& shape, int pairs), shape, pairs)
 
 }  // namespace cpu

@@ -34,6 +34,7 @@ using Entry = void (*)();  // a launch function with its type erased
     X(winograd_packed_floats)    \
     X(winograd_pack)             \
     X(conv_groups)               \
+    X(pairs_unit)                \
     X(matrix_groups)             \
     X(stem_conv)                 \
     X(stem_packed_floats)        \

@@ -46,6 +46,8 @@ void program(pybind11::module_& m) {
         .value("winograd", Op::kWinograd)
         .value("stem", Op::kStem)
         .value("mean", Op::kMean)
+        .value("pairs", Op::kPairs)
+        .value("pairs_stem", Op::kPairsStem)
         .value("matrix", Op::kMatrix)
         .value("matrix_stem", Op::kMatrixStem);
     m.attr("PLACE_INPUT") = kInput;
@@ -119,19 +121,21 @@ void extras(pybind11::module_& m) {
     const auto released = pybind11::call_guard<pybind11::gil_scoped_release>();
     m.def(
         "conv_fprop",
-        [](int dtype, Address x, Address w, i64 w_k, i64 w_c, i64 w_tap, Address packed, const Sizes& sizes,
+        [](int dtype, Address x, Address w, i64 w_k, i64 w_c, i64 w_tap, Address packed, bool pairs, const Sizes& sizes,
            Address bias, Address residual, int relu, Address y, i64 ctx) {
-            conv_fprop(dtype, pointer<void>(x), pointer<void>(w), w_k, w_c, w_tap, pointer<float>(packed),
+            conv_fprop(dtype, pointer<void>(x), pointer<void>(w), w_k, w_c, w_tap, pointer<float>(packed), pairs,
                        shape_of(sizes), pointer<float>(bias), pointer<void>(residual), relu, pointer<void>(y), ctx);
         },
         released, "See csrc/cpu/conv.h.");
-    m.def("conv_groups", [](i64 C, i64 K, i64 groups) { return conv_groups(C, K, groups) != 0; });
+    m.def("conv_groups", [](i64 C, i64 K, i64 groups, bool pairs) { return conv_groups(C, K, groups, pairs) != 0; });
+    m.def("pairs_unit", &pairs_unit, "Of the instruction set in use. See csrc/cpu/conv.h.");
     m.def("matrix_groups", [](i64 C, i64 K, i64 groups) { return matrix_groups(C, K, groups) != 0; });
-    m.def("conv_packed_floats", [](const Sizes& sizes) { return conv_packed_floats(shape_of(sizes)); });
+    m.def("conv_packed_floats",
+          [](const Sizes& sizes, bool pairs) { return conv_packed_floats(shape_of(sizes), pairs); });
     m.def(
         "conv_pack",
-        [](int dtype, Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, Address packed, i64 ctx) {
-            conv_pack(dtype, pointer<void>(w), w_k, w_c, w_tap, shape_of(sizes), pointer<float>(packed), ctx);
+        [](int dtype, Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, bool pairs, Address packed, i64 ctx) {
+            conv_pack(dtype, pointer<void>(w), w_k, w_c, w_tap, shape_of(sizes), pairs, pointer<float>(packed), ctx);
         },
         released, "See csrc/cpu/conv.h.");
     m.def(
@@ -188,11 +192,12 @@ void extras(pybind11::module_& m) {
             matrix_stem_pack(dtype, pointer<float>(w), w_k, w_c, w_tap, shape_of(sizes), pointer<float>(packed));
         },
         released, "See csrc/cpu/conv.h.");
-    m.def("stem_packed_floats", [](const Sizes& sizes) { return stem_packed_floats(shape_of(sizes)); });
+    m.def("stem_packed_floats",
+          [](const Sizes& sizes, bool pairs) { return stem_packed_floats(shape_of(sizes), pairs); });
     m.def(
         "stem_pack",
-        [](Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, Address packed) {
-            stem_pack(pointer<float>(w), w_k, w_c, w_tap, shape_of(sizes), pointer<float>(packed));
+        [](Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, bool pairs, Address packed) {
+            stem_pack(pointer<float>(w), w_k, w_c, w_tap, shape_of(sizes), pairs, pointer<float>(packed));
         },
         released, "See csrc/cpu/conv.h.");
     program(m);

@@ -25,11 +25,14 @@ void run_step(int dtype, const Step& s, const Step* next, const Places& at, i64 
     char* dst = at.of(s.dst);
     switch (s.op) {
         case Op::kDirect:
-            return conv_fprop(dtype, src, nullptr, 0, 0, 0, s.packed, s.shape, s.bias, residual, s.relu, dst, threads);
+        case Op::kPairs:
+            return conv_fprop(dtype, src, nullptr, 0, 0, 0, s.packed, s.op == Op::kPairs, s.shape, s.bias, residual,
+                              s.relu, dst, threads);
         case Op::kWinograd:
             return winograd_fprop(dtype, src, s.packed, s.shape, s.out, s.bias, residual, s.relu, dst, threads);
         case Op::kStem:
-            return stem_conv(dtype, src, s.packed, s.shape, s.pool, s.bias, dst, threads);
+        case Op::kPairsStem:
+            return stem_conv(dtype, src, s.packed, s.op == Op::kPairsStem, s.shape, s.pool, s.bias, dst, threads);
         case Op::kMatrix: {
             const bool more = next && next->op == Op::kMatrix;
             const Following following =

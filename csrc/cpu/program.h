@@ -7,7 +7,8 @@
 
 namespace cpu {
 
-enum class Op { kDirect, kWinograd, kStem, kMean, kMatrix, kBlock, kMatrixStem };
+// kPairs, kPairsStem: kDirect and kStem by products of pairs of bfloat16.
+enum class Op { kDirect, kWinograd, kStem, kMean, kMatrix, kBlock, kMatrixStem, kPairs, kPairsStem };
 
 // Where a tensor lies: a byte offset into the arena, or one of these.
 constexpr i64 kInput = -1, kOutput = -2, kNone = -3;
@@ -22,7 +23,7 @@ struct Step {
     Op op;
     i64 src, residual, dst;
     ConvShape shape;  // of kMean: N, H, W and C
-    PoolShape pool;   // of kStem and kMatrixStem
+    PoolShape pool;   // of stems
     i64 out;          // of kWinograd: pixels of a tile, a side
     const float *packed, *bias;
     int relu;

@@ -30,8 +30,9 @@ MARGIN = 1.1
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _module_groups(w: Tensor, groups: int) -> bool:
-    return cpu._require().conv_groups(w.shape[1] * groups, w.shape[0], groups)
+def groups_serve(w_shape, groups: int, pairs: bool = False) -> bool:
+    """Whether :func:`fprop` with packed weights serves a weight ``[K, C / groups, R, S]``, by pairs or by floats."""
+    return cpu._require().conv_groups(w_shape[1] * groups, w_shape[0], groups, pairs)
 
 
 def why_not(x: Tensor, w: Tensor, geometry: Geometry, grouped: bool = False) -> list[str]:
@@ -44,7 +45,7 @@ def why_not(x: Tensor, w: Tensor, geometry: Geometry, grouped: bool = False) -> 
         reasons.append(f"tensors are on {x.device}, the cpu backend serves CPU tensors")
     if x.dtype not in _DTYPES or w.dtype != x.dtype:
         reasons.append(f"dtypes {x.dtype} and {w.dtype} are not float32, bfloat16 or float16 for both")
-    if geometry[3] != 1 and not (grouped and _module_groups(w, geometry[3])):
+    if geometry[3] != 1 and not (grouped and groups_serve(w.shape, geometry[3])):
         reasons.append(f"{geometry[3]} groups of {w.shape[1]} channels are not served")
     if w.shape[2] * w.shape[3] > MAX_TAPS:
         reasons.append(f"{w.shape[2]} x {w.shape[3]} taps, the kernels have room for {MAX_TAPS}")
@@ -120,6 +121,13 @@ def sizes(p: ConvProblem) -> tuple[int, ...]:
     return p.N, p.H, p.W, p.C, p.K, p.P, p.Q, p.R, p.S, *p.stride, *p.padding, *p.dilation, p.groups
 
 
+def pairs_unit() -> str:
+    """What the instruction set in use has for products of pairs of bfloat16 (``fprop(..., pairs=True)``): "", "model"
+    (software, slow, for tests), "slow" (an instruction that takes as long as the products of floats, or longer) or
+    "full" (twice as fast as those)."""
+    return "" if cpu.isa_or_none() is None else ("", "model", "slow", "full")[cpu._require().pairs_unit()]
+
+
 def even_taps(w: Tensor) -> bool:
     """Whether the taps of w lie at equal distances, as the kernels need; so they do in every usual layout."""
     return w.shape[2] == 1 or w.stride(2) == w.shape[3] * w.stride(3)
@@ -149,11 +157,12 @@ def check_bias(bias: Tensor | None, K: int) -> None:
         raise ValueError(f"fprop: bias: got {bias.dtype} {tuple(bias.shape)}, expected dense float32 ({K},)")
 
 
-def problem(function: str, x_shape, w: Tensor, g: Geometry, dtype: torch.dtype, packed: bool = False) -> ConvProblem:
+def problem(function: str, x_shape, w: Tensor, g: Geometry, dtype: torch.dtype, packed: bool = False,
+            pairs: bool = False) -> ConvProblem:  # fmt: skip
     if dtype not in _DTYPES or w.dtype != dtype:
         raise TypeError(f"{function}: w: got {w.dtype} for {dtype}, expected float32, bfloat16 or float16 for both")
     p = problem_of(x_shape, w.shape, g)
-    served = g[3] == 1 or packed and w.shape[0] % g[3] == 0 and _module_groups(w, g[3])
+    served = g[3] == 1 or packed and w.shape[0] % g[3] == 0 and groups_serve(w.shape, g[3], pairs)
     if not served or w.shape[1] * g[3] != p.C:
         expected = f"[K, {p.C}, R, S] of one group" + (", or groups that come out even with 32 channels" * packed)
         raise ValueError(f"{function}: w: got shape {tuple(w.shape)} with {g[3]} groups, expected {expected}")
@@ -165,23 +174,26 @@ def problem(function: str, x_shape, w: Tensor, g: Geometry, dtype: torch.dtype, 
 
 
 def fprop(x: Tensor, w: Tensor, g: Geometry, bias: Tensor | None = None, residual: Tensor | None = None,
-          relu: bool = False, y: Tensor | None = None, packed: Tensor | None = None) -> Tensor:  # fmt: skip
+          relu: bool = False, y: Tensor | None = None, packed: Tensor | None = None,
+          pairs: bool = False) -> Tensor:  # fmt: skip
     """``act(conv(x, w) + bias + residual)``, ``[N, K, P, Q]`` in channels_last.
 
     x ``[N, C, H, W]`` and residual: dense channels_last; w ``[K, C, R, S]`` in the dtype of x; bias ``[K]`` float32.
     y, if given, is filled and returned. packed: what :func:`pack` made of w under the
-    instruction set in use. Raises TypeError / ValueError naming the argument.
+    instruction set in use, for ``pairs`` or not. Raises TypeError / ValueError naming the argument.
     """
-    p = problem("fprop", x.shape, w, g, x.dtype, packed is not None)
+    if pairs and (packed is None or x.dtype != torch.bfloat16):
+        raise ValueError(f"fprop: pairs: got x of {x.dtype}, expected bfloat16 and packed weights")
+    p = problem("fprop", x.shape, w, g, x.dtype, packed is not None, pairs)
     shape = (p.N, p.K, p.P, p.Q)
     y = cpu.empty(shape, x.dtype) if y is None else y
     check("fprop", p, x.dtype, x=(x, tuple(x.shape)), residual=(residual, shape), y=(y, shape))
     check_bias(bias, p.K)
     fields = sizes(p)
-    if packed is not None and packed.numel() != cpu._require().conv_packed_floats(fields):
+    if packed is not None and packed.numel() != cpu._require().conv_packed_floats(fields, pairs):
         raise ValueError(f"fprop: packed: got {packed.numel()} elements, expected those of pack() under {cpu.isa()}")
     cpu._require().conv_fprop(
-        DTYPE_CODE[x.dtype], x.data_ptr(), *weight_address(w), 0 if packed is None else packed.data_ptr(), fields,
+        DTYPE_CODE[x.dtype], x.data_ptr(), *weight_address(w), 0 if packed is None else packed.data_ptr(), pairs, fields,
         0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(), relu, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -193,27 +205,30 @@ def floats(n: int) -> Tensor:
     return cpu.empty((1, 1, 1, n), torch.float32).view(-1)
 
 
-def pack(w: Tensor, groups: int = 1) -> Tensor:
-    """The weight ``[K, C / groups, R, S]`` as :func:`fprop` reads it, for the instruction set in use: dense float32."""
+def pack(w: Tensor, groups: int = 1, pairs: bool = False) -> Tensor:
+    """The weight ``[K, C / groups, R, S]`` as :func:`fprop` reads it, for the instruction set in use: dense float32, or
+    by ``pairs`` of bfloat16, of a float32 weight (of float32 in name only)."""
     K, C, R, S = w.shape[0], w.shape[1] * groups, *w.shape[2:]
-    problem("pack", (1, C, R, S), w, ((1, 1), (0, 0), (1, 1), groups), w.dtype, packed=True)
+    problem("pack", (1, C, R, S), w, ((1, 1), (0, 0), (1, 1), groups), w.dtype, packed=True, pairs=pairs)
+    if pairs and w.dtype != torch.float32:
+        raise TypeError(f"pack: w: got {w.dtype}, expected float32 for pairs")
     fields = (1, R, S, C, K, 1, 1, R, S, 1, 1, 0, 0, 1, 1, groups)
-    packed = floats(cpu._require().conv_packed_floats(fields))
+    packed = floats(cpu._require().conv_packed_floats(fields, pairs))
     cpu._require().conv_pack(
-        DTYPE_CODE[w.dtype], *weight_address(w), fields, packed.data_ptr(), torch.get_num_threads()
+        DTYPE_CODE[w.dtype], *weight_address(w), fields, pairs, packed.data_ptr(), torch.get_num_threads()
     )
     return packed
 
 
-def pack_stem(w: Tensor) -> Tensor:
+def pack_stem(w: Tensor, pairs: bool = False) -> Tensor:
     """The float32 weight ``[K, 3, R, S]`` of a stem of horizontal stride 2 as an inference program reads it, for the
-    instruction set in use: dense float32."""
+    instruction set in use, for images of bfloat16 by ``pairs`` or for any by floats: dense float32."""
     K, C, R, S = w.shape
     if w.dtype != torch.float32 or C != 3 or R > STEM_ROWS:
         raise ValueError(f"pack_stem: w: got {w.dtype} {tuple(w.shape)}, expected float32 [K, 3, <= {STEM_ROWS}, S]")
     fields = (1, R, S, C, K, 1, 1, R, S, 1, 2, 0, 0, 1, 1, 1)
-    packed = torch.empty(cpu._require().stem_packed_floats(fields))
-    cpu._require().stem_pack(*weight_address(w), fields, packed.data_ptr())
+    packed = torch.empty(cpu._require().stem_packed_floats(fields, pairs))
+    cpu._require().stem_pack(*weight_address(w), fields, pairs, packed.data_ptr())
     return packed
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastres.backends import cpu, cpu_conv, cpu_matrix, cpu_winograd
 from fastres.inference.cpu_program import ALL_AT_ONCE, Builder, Built, Turns
-from fastres.inference.cpu_weights import DIRECT, Choice, Packed, flat, gather, matrix, whole
+from fastres.inference.cpu_weights import DIRECT, MATRIX, Choice, Packed, flat, gather, matrix, paired, whole
 from fastres.inference.executors import Kernel
 from fastres.inference.plan import Linear, Node, Segment, Shape, Stem
 from fastres.ops.bn import nhwc
@@ -39,15 +39,19 @@ def why_not(node: Node, device: torch.device, dtype: torch.dtype, precision: str
 
 def _beside_convolutions(dtype: torch.dtype, precision: str) -> list[str]:
     """Stems, pooling and classifiers have no contest of their own: they go with a usual convolution's direct sums, or
-    where the matrix unit takes it."""
+    where products of bfloat16 take it."""
     shape, geometry = torch.Size((64, 64, 3, 3)), ((1, 1), (1, 1), (1, 1), 1)
-    if _matrix_wins(torch.empty(1, dtype=dtype).expand(shape), geometry, precision):
+    if _narrow_wins(torch.empty(1, dtype=dtype).expand(shape), geometry, precision):
         return []
     return _convolutions([(shape, geometry)], dtype, "exact")
 
 
-def _matrix_wins(w: torch.Tensor, geometry, precision: str) -> bool:
+def _narrow_wins(w: torch.Tensor, geometry, precision: str) -> bool:
+    """Whether products of bfloat16 on the matrix unit or by pairs beat PyTorch's convolution: where they are, they do
+    (docs/perf-log.md)."""
     x = torch.empty(1, dtype=w.dtype).expand(1, w.shape[1], 16, 16)
+    if paired(w.dtype) and min(w.shape[:2]) >= 32 and not cpu_conv.why_not(x, w, geometry):
+        return True
     return bool(matrix(w.dtype, precision)) and cpu_matrix.wins(x, w, geometry)
 
 
@@ -63,7 +67,7 @@ def _convolutions(convs: list[tuple], dtype: torch.dtype, precision: str) -> lis
         if not cpu_conv.wins("fprop", x, dense, (*geometry[:3], 1)):
             slower.append(f"{tuple(w.shape)} {str(dtype)[6:]}: oneDNN's convolution is the faster one")
         fast = fast or (precision != "exact" and cpu_winograd.wins(x, w, geometry))
-        fast = fast or (geometry[3] == 1 and _matrix_wins(w, geometry, precision))
+        fast = fast or (geometry[3] == 1 and _narrow_wins(w, geometry, precision))
     return list(dict.fromkeys(unserved or ([] if fast else slower)))
 
 
@@ -148,10 +152,10 @@ class CpuSegment:
         units = {p: unit for of, node in zip(self.weights, self.segment.nodes, strict=True)
                  for unit in whole(node, self.dtype, self.precision) for p in of}  # fmt: skip
         # One network for each kernel, where it can serve, and one of whole blocks.
-        networks = {kind: lambda p, kind=kind: Choice(kind if kind in kinds[p] else DIRECT)
+        networks = {kind: lambda p, kind=kind: Choice(kind if kind in kinds[p] else kinds[p][0])
                     for kind in sorted(set().union(*kinds.values()))}  # fmt: skip
         if units:
-            networks["whole"] = lambda p: Choice(units[p], whole=True) if p in units else Choice(DIRECT)
+            networks["whole"] = lambda p: Choice(units[p], whole=True) if p in units else Choice(kinds[p][0])
         built = {kind: self._build(shape, pick) for kind, pick in networks.items()}
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.dtype)
         x = nhwc(x) if x.dim() == 4 else x
@@ -295,7 +299,7 @@ class CpuSegment:
             if node.op == "stem":
                 kernel = f"{kernel} + pool in L1"
             tile = {"avx512": "14x32", "avx2": "6x16"}.get(cpu.isa(), "")
-            tile = "32x32" if any(c.out < DIRECT for c in choices) else tile
+            tile = "32x32" if any(c.out in MATRIX for c in choices) else tile
             found.append(Kernel(kernel or "mean", cpu.isa(), tile if choices else "", "; ".join(notes)))
         return found
 

@@ -9,7 +9,7 @@ import torch
 
 from fastres.backends import cpu
 from fastres.backends.trusted import DTYPE_CODE
-from fastres.inference.cpu_weights import DIRECT, Choice, Packed, sizes
+from fastres.inference.cpu_weights import DIRECT, PAIRS, Choice, Packed, sizes
 from fastres.inference.plan import Block, ConvAct, GlobalAvgPool, Linear, Segment, Shape, Stem
 
 _LINE = 64
@@ -121,7 +121,8 @@ class Builder:
             choice = self.pick(conv)
             weights = self._weights(conv.get(self.isa, choice.out), conv.bias)
             fields = sizes(self.shape, tuple(conv.weight.shape), node.conv.geometry)
-            op = self.module.Op.matrix_stem if choice.out < DIRECT else self.module.Op.stem
+            Op = self.module.Op
+            op = {DIRECT: Op.stem, PAIRS: Op.pairs_stem}.get(choice.out, Op.matrix_stem)
             self._step(op, self.module.PLACE_NONE, target, fields, pool, 0, weights, True, conv)
             self._move(target, out)
             return (choice,)
@@ -182,7 +183,7 @@ class Builder:
         weights = self._weights(packed.get(self.isa, choice.out), packed.bias)
         fields = sizes(self.shape, tuple(packed.weight.shape), packed.conv.geometry)
         Op = self.module.Op
-        op = Op.direct if choice.out == DIRECT else Op.winograd if choice.out > DIRECT else Op.matrix
+        op = {DIRECT: Op.direct, PAIRS: Op.pairs}.get(choice.out, Op.winograd if choice.out > DIRECT else Op.matrix)
         self._step(op, residual, target, fields, (0,) * 5, choice.out, weights, relu, packed)
         return choice
 

@@ -13,9 +13,11 @@ from fastres.backends import cpu, cpu_conv, cpu_matrix, cpu_winograd
 from fastres.inference.plan import Block, Conv, Linear, Shape
 from fastres.problem import problem_of
 
-#: Direct sums, or pixels of Winograd's tile, a side, or the matrix unit with less than none: as many as its products of
-#: bfloat16 for one of the dtype.
-DIRECT = 0
+#: Direct sums, by products of floats or of pairs of bfloat16, or pixels of Winograd's tile, a side, or the matrix unit:
+#: less than none, as many as its products of bfloat16 for one of the dtype.
+DIRECT, PAIRS, MATRIX = 0, -2, (-1, -3)
+#: What `cpu_conv.pairs_unit` must find for pairs to be asked.
+PAIRED = {"full"}
 #: What must execute the matrix unit's instructions (`cpu_matrix.unit`) for it to be asked.
 UNITS = {"instructions"}
 _LINE = 16  # floats
@@ -31,10 +33,12 @@ class Choice:
     whole: bool = False
 
     def __str__(self) -> str:
-        if self.out < 0:
+        if self.out in MATRIX:
             name = "matrix bf16" if self.out == -1 else f"matrix {-self.out} x bf16"
             return f"{name}, depth first" if self.whole else name
-        return f"winograd {self.out}x{self.out}" if self.out else "direct"
+        if self.out > DIRECT:
+            return f"winograd {self.out}x{self.out}"
+        return "direct" if self.out == DIRECT else "direct, pairs of bf16"
 
 
 def matrix(dtype: torch.dtype, precision: str) -> tuple[int, ...]:
@@ -45,6 +49,11 @@ def matrix(dtype: torch.dtype, precision: str) -> tuple[int, ...]:
     if dtype == torch.bfloat16:
         return (-1,)
     return () if precision == "exact" or (dtype == torch.float32 and precision != "high") else (-3,)
+
+
+def paired(dtype: torch.dtype) -> bool:
+    """Whether pairs of bfloat16 serve a dtype here: they are as the matrix unit's products, whatever the precision."""
+    return dtype == torch.bfloat16 and cpu_conv.pairs_unit() in PAIRED
 
 
 def whole(node, dtype: torch.dtype, precision: str) -> tuple[int, ...]:
@@ -75,10 +84,10 @@ class Packed:
         found = self._held.get((isa, kind))
         if found is None:  # two threads may both pack: either result serves
             with torch.inference_mode(False), torch.no_grad():
-                if kind == DIRECT:
-                    w = self.weight
-                    found = cpu_conv.pack_stem(w) if self.stem else cpu_conv.pack(w, self.conv.groups)
-                elif kind < DIRECT:
+                if kind in (DIRECT, PAIRS):
+                    w, pairs = self.weight, kind == PAIRS
+                    found = cpu_conv.pack_stem(w, pairs) if self.stem else cpu_conv.pack(w, self.conv.groups, pairs)
+                elif kind in MATRIX:
                     operands = torch.bfloat16 if kind == -1 else torch.float32
                     if self.stem:
                         found = cpu_matrix.pack_stem(self.weight, operands)
@@ -109,17 +118,19 @@ class Packed:
 
     def kinds(self, dtype: torch.dtype, precision: str) -> tuple[int, ...]:
         """The kernels that can serve; one under "exact", whose bits do not depend on the clock."""
+        pairs = paired(dtype) and (self.stem or cpu_conv.groups_serve(self.weight.shape, self.conv.groups, True))
+        direct = PAIRS if pairs else DIRECT
         if self.stem:
             served = not cpu_matrix.stem_why_not(self.weight.shape, self.conv.geometry)
             unit = matrix(dtype, precision) if served else ()
-            return unit if unit and precision == "exact" else (DIRECT, *unit)
+            return unit if unit and precision == "exact" else (direct, *unit)
         w = torch.empty(1, dtype=dtype).expand(self.weight.shape)
         x = torch.empty(1, dtype=dtype).expand(1, self.conv.inputs, 16, 16)
         fast = precision != "exact" and not cpu_winograd.why_not(x, w, self.conv.geometry)
         unit = matrix(dtype, precision) if cpu_matrix.groups_serve(self.weight.shape, self.conv.groups) else ()
         if unit and precision == "exact":
             return unit
-        return (DIRECT, *(cpu_winograd.OUTS[self.conv.stride[0]] if fast else ()), *unit)
+        return (direct, *(cpu_winograd.OUTS[self.conv.stride[0]] if fast else ()), *unit)
 
     def error(self, out: int) -> float:
         """How far Winograd's tile ``out`` is from float64 on random pixels, relative, in float32."""

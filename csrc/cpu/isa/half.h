@@ -27,6 +27,11 @@ FR_INLINE vu bf16_bits(vf v) {
     return nearest | bit_cast<vu>(v != v);
 #endif
 }
+// a in the lower half, where a pair has the even channel.
+FR_INLINE u32 bf16_pair(float a, float b) {
+    const vu u = bf16_bits(vf{a, b});
+    return u[0] >> 16 | (u[1] & 0xffff0000u);
+}
 FR_INLINE vh to_bf16(vf v) {
     const vu u = bf16_bits(v);
 #if defined(__AVX512F__)

@@ -19,6 +19,19 @@ FR_INLINE vf fma(vf a, vf b, vf c) {
     return a * b + c;
 #endif
 }
+// c + the products of the pair of bfloat16 in each lane of a and b. Without the instruction as two products, which keep
+// the denormals that it takes for zero.
+FR_INLINE vf dot_pairs(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    // Not every processor with AVX-512 has it: whoever gets here has asked (cpu/pairs.h).
+    asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+#else
+    const vu x = bit_cast<vu>(a), y = bit_cast<vu>(b);
+    c = fma(bit_cast<vf>(x & 0xffff0000u), bit_cast<vf>(y & 0xffff0000u), c);
+    return fma(bit_cast<vf>(x << 16), bit_cast<vf>(y << 16), c);
+#endif
+}
 FR_INLINE vd fma(vd a, vd b, vd c) {
 #if defined(__FMA__)
     for (int i = 0; i < L; ++i) a[i] = __builtin_fma(a[i], b[i], c[i]);
@@ -50,6 +63,17 @@ FR_INLINE void store(float* p, vf v) { write(p, v); }
 FR_INLINE void store(double* p, vd v) { write(p, v); }
 FR_INLINE void store(bf16* p, vf v) { write(p, to_bf16(v)); }
 FR_INLINE void store(fp16* p, vf v) { write(p, to_fp16(v)); }
+
+// 2 * L values, where dot_pairs may be used: by the instruction beside it, which rounds alike and flushes denormals.
+FR_INLINE void store_pairs(bf16* p, vf low, vf high) {
+#if defined(__AVX512F__)
+    vu both;
+    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
+    write(p, both);
+#else
+    store(p, low), store(p + L, high);
+#endif
+}
 
 FR_INLINE vf splat(const float* p) {
 #if defined(__AVX512F__)
