@@ -147,7 +147,7 @@ class Worker {
         const bool pairs = p_.J <= kWide && !p_.points;
         const i64 passes = pairs ? ceil_div(n_rows, 2) : n_rows * ceil_div(p_.J, kPixels);
         const i64 tiles = ceil_div(panel1 - panel0, step) * n_rows * ceil_div(p_.J, kPixels);
-        chunk_ = next_ ? ceil_div(end_ - next_, 64 * max_of(1, tiles)) : 0;
+        chunk_ = next_ ? ceil_div(end_ - next_, Expected::kBytes * max_of(1, tiles)) * Expected::kBytes : 0;
         const bool resident = (panel1 - panel0) * panel_bytes <= l2_bytes() / 3;
         for (i64 g0 = panel0, g1; g0 < panel1; g0 = g1) {
             g1 = min_of(panel1, g0 + step);
@@ -192,13 +192,17 @@ class Worker {
 
     void group(TileInput& in, const Row& r, const Row* second, i64 j0, i64 j1, i64 g0, i64 g1) {
         const i64 m = j1 - j0;
-        for (i64 i = 0; i < chunk_ && next_ < end_; ++i, next_ += 64) __builtin_prefetch(next_, 0, 2);
+        const i64 steps = l_.panel_floats / (kStep * kPanel);
+        const char* const next = end_ - next_ < chunk_ ? end_ : next_ + chunk_;
+        expected_.next = next_, expected_.end = next_ = next;
+        expected_.further =
+            Expected::kBytes * min_of(Expected::kMost, ceil_div(chunk_ / Expected::kBytes, steps * (g1 - g0)));
+        expected_.each = ceil_div(2 * m, steps);
+        in.expected = &expected_;
         const i64 y0 = r.out + j0 * p_.y_j, y1 = second ? second->out : 0;
         for (i64 g = g0; g < g1; ++g) {
             // The lines that will be written, and what is added, on their way while the sums are made.
-            for (i64 i = 0; i < m; ++i) expect_output(y0 + i * p_.y_j + g * kPanel);
-            if (second)
-                for (i64 i = 0; i < m; ++i) expect_output(y1 + i * p_.y_j + g * kPanel);
+            expect_output(y0 + g * kPanel, second && y1 == y0 + m * p_.y_j ? 2 * m : m);
             const float* w = w_ + g * l_.panel_floats;
             fetch(in, w);
             const i64 reads = g * kPanel / l_.inputs * l_.inputs;  // the panel's first channel
@@ -225,16 +229,12 @@ class Worker {
         }
     }
 
-    void expect_output(i64 at) {
-        lines<1>(static_cast<T*>(p_.y) + at);
-        if (p_.residual && p_.residual != p_.y) lines<0>(static_cast<const T*>(p_.residual) + at);
-    }
-
-    // A panel's channels of one pixel, to be read (0) or written (1).
-    template <int kWrite>
-    static void lines(const T* from) {
-        for (std::size_t at = 0; at < kPanel * sizeof(T); at += 64)
-            __builtin_prefetch(reinterpret_cast<const char*>(from) + at, kWrite, 3);
+    void expect_output(i64 at, i64 m) {
+        const T* const y = static_cast<const T*>(p_.y) + at;
+        expected_.y = reinterpret_cast<const char*>(y);
+        expected_.residual = reinterpret_cast<const char*>(p_.residual ? static_cast<const T*>(p_.residual) + at : y);
+        expected_.pitch = p_.y_j * i64(sizeof(T)), expected_.left = m;
+        expected_.second = max_of(0, kPanel * i64(sizeof(T)) - Expected::kBytes);
     }
 
     // The last panel, of fewer channels.
@@ -268,6 +268,7 @@ class Worker {
     bool warm_ = false;
     const float *ahead_ = nullptr, *ahead_end_ = nullptr;
     int lines_ = 0;
+    Expected expected_;
     const char *next_ = nullptr, *end_ = nullptr;
 };
 

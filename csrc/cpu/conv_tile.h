@@ -31,6 +31,34 @@ struct Pairs {
     static FR_INLINE void store(bf16* y, vf low, vf high) { store_pairs(y, low, high); }
 };
 
+// What a tile fetches besides weights, a little with every kStep channels: a processor has room for some twenty lines
+// on their way, and the tile's own loads wait behind a burst of them.
+struct Expected {
+    // Pixels of y, to be written, and of what is added to them: `left` of them, `each` at a time, `second` bytes to
+    // another line of the same pixel.
+    const char *y = nullptr, *residual = nullptr;
+    i64 pitch = 0, left = 0, each = 1, second = 0;
+    // Lines that follow each other, into L2, `further` bytes at a time: at most kMost lines.
+    const char *next = nullptr, *end = nullptr;
+    i64 further = 0;
+    static constexpr i64 kMost = 4, kBytes = 64;
+
+    FR_INLINE void step() {
+        if (left > 0) {
+            for (i64 i = 0; i < each; ++i, y += pitch, residual += pitch) {
+                __builtin_prefetch(y, 1, 3), __builtin_prefetch(y + second, 1, 3);
+                __builtin_prefetch(residual, 0, 3), __builtin_prefetch(residual + second, 0, 3);
+            }
+            left -= each;
+        }
+        if (next < end) {
+#pragma GCC unroll 4
+            for (i64 i = 0; i < kMost; ++i) __builtin_prefetch(next + i * kBytes, 0, 2);
+            next += further;
+        }
+    }
+};
+
 struct TileInput {
     const i64* taps;  // where a tap's pixel lies, in floats from the pixel of the first tap
     int n_taps;
@@ -39,6 +67,7 @@ struct TileInput {
     // What to fetch from far meanwhile, and how many lines of it with every kStep channels.
     const float* ahead = nullptr;
     int lines = 0;
+    Expected* expected = nullptr;  // of tiles that end in y
 };
 
 constexpr int kStep = 4;   // channels between two tests of the loop
@@ -49,7 +78,7 @@ constexpr i64 kAhead = 96 * kPanel;
 constexpr int kOwnLines = kStep * kPanel / kLine;
 
 // s [M0 + M1][2]: M0 pixels from a0 on, then M1 pixels from a1 on. kPitch: floats from one pixel to the next.
-template <class Of, int M0, int M1, int kPitch, int kUnroll>
+template <class Of, int M0, int M1, int kPitch, int kUnroll, bool kExpects>
 FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1, const float* w, vf (&s)[M0 + M1][2]) {
     constexpr int M = M0 + M1;
 #pragma GCC unroll 14
@@ -62,6 +91,7 @@ FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1,
             const float *p0 = a0 + in.taps[t], *p1 = a1 + in.taps[t];
             for (int c = 0; c < width;
                  c += kUnroll, p0 += kUnroll, p1 += kUnroll, w += kUnroll * kPanel, ahead += further) {
+                if constexpr (kExpects) in.expected->step();
 #pragma GCC unroll 4
                 for (int u = 0; u < kUnroll; ++u) {
                     const vf w0 = load(w + u * kPanel), w1 = load(w + u * kPanel + L);
@@ -83,7 +113,7 @@ FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1,
 template <class Of, int M0, int M1, int kPitch = kBlock, int kUnroll = kStep>
 void tile(const TileInput& in, const float* a0, const float* a1, const float* w, float* sums, i64 pitch) {
     vf s[M0 + M1][2];
-    accumulate<Of, M0, M1, kPitch, kUnroll>(in, a0, a1, w, s);
+    accumulate<Of, M0, M1, kPitch, kUnroll, false>(in, a0, a1, w, s);
 #pragma GCC unroll 14
     for (int i = 0; i < M0 + M1; ++i) {
         store(sums + i * pitch, s[i][0]);
@@ -105,7 +135,7 @@ struct TileOutput {
 template <class T, class Of, int M0, int M1>
 void tile_to(const TileInput& in, const float* a0, const float* a1, const float* w, const TileOutput<T>& out) {
     vf s[M0 + M1][2];
-    accumulate<Of, M0, M1, kBlock, kStep>(in, a0, a1, w, s);
+    accumulate<Of, M0, M1, kBlock, kStep, true>(in, a0, a1, w, s);
     const vf none = vf{} - __builtin_inff();
     const vf floor = out.relu ? vf{} : none;
     const vf b0 = out.bias ? load(out.bias) : vf{}, b1 = out.bias ? load(out.bias + L) : vf{};
