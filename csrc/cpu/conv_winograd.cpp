@@ -145,7 +145,7 @@ class Winograd {
     template <class Span>
     FR_INLINE void one(const T* const (&pixels)[A][A], i64 c, float* to, Span span) const {
         vf columns[A][A];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
         for (int j = 0; j < A; ++j) {
             vf d[A], r[A];
 #pragma GCC unroll 9
@@ -154,7 +154,7 @@ class Winograd {
 #pragma GCC unroll 9
             for (int i = 0; i < A; ++i) columns[i][j] = r[i];
         }
-#pragma GCC unroll 6
+#pragma GCC unroll 9
         for (int i = 0; i < A; ++i) {
             vf r[A];
             Of::input(columns[i], r);
@@ -207,21 +207,21 @@ class Winograd {
     FR_INLINE void back(const float* m, i64 out, i64 k, int rows, int columns, Span span) const {
         const vf bias = bias_ ? span.load(bias_ + k) : vf{};
         vf half[kOut][A];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
         for (int j = 0; j < A; ++j) {
             vf d[A], r[kOut];
 #pragma GCC unroll 9
             for (int i = 0; i < A; ++i) d[i] = load(m + (i * A + j) * sums_);
             Of::output(d, r);
-#pragma GCC unroll 4
+#pragma GCC unroll 7
             for (int i = 0; i < kOut; ++i) half[i][j] = r[i];
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 7
         for (int i = 0; i < kOut; ++i) {
             if (i >= rows) break;
             vf r[kOut];
             Of::output(half[i], r);
-#pragma GCC unroll 4
+#pragma GCC unroll 7
             for (int j = 0; j < kOut; ++j) {
                 if (j >= columns) break;
                 const i64 at = out + (i * g_.Q + j) * g_.K;
@@ -253,9 +253,11 @@ void with_points(const ConvShape& g, i64 out, F f) {
     if (out == 2 && !strided) return f(Constant<2>(), Constant<1>());
     if (out == 3 && !strided) return f(Constant<3>(), Constant<1>());
     if (out == 4 && !strided) return f(Constant<4>(), Constant<1>());
+    if (out == 5 && !strided) return f(Constant<5>(), Constant<1>());
+    if (out == 7 && !strided) return f(Constant<7>(), Constant<1>());
     if (out == 2) return f(Constant<2>(), Constant<2>());
     if (out == 4) return f(Constant<4>(), Constant<2>());
-    throw std::invalid_argument("winograd: out must be 2, 3 or 4, with stride 2 2 or 4");
+    throw std::invalid_argument("winograd: out must be 2, 3, 4, 5 or 7, with stride 2 2 or 4");
 }
 
 }  // namespace

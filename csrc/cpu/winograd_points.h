@@ -2,7 +2,7 @@
 // interpolation. The same transforms along rows and columns make F(m x m, 3 x 3).
 //
 // Points are chosen for accuracy; sums then are so many times as far from float64 as direct ones (256 channels,
-// docs/perf-log.md): F(2): 0.7, F(3): 1.1, F(4): 2.0, with stride 2 F(2): 0.7, F(4): 0.9.
+// docs/perf-log.md): F(2): 0.7, F(3): 1.1, F(4): 2.0, F(5): 3.9, F(7): 22, with stride 2 F(2): 0.7, F(4): 0.9.
 #pragma once
 #include "cpu/isa/rows.h"
 
@@ -122,6 +122,103 @@ struct Points<4, 1> {
                                             {1 / kNa, -kA / kNa, kA2 / kNa}, {1 / kNb, kB / kNb, kB2 / kNb},
                                             {1 / kNb, -kB / kNb, kB2 / kNb}, {0, 0, 1}};
 };
+
+// kPairs pairs of points +-p and infinity, for 2 * kPairs - 1 outputs.
+template <int kPairs>
+struct SquaresOf {
+    // Coefficients of the product of (z - p^2) over all pairs but `but`, the lowest first; the highest is 1.
+    double of[kPairs];
+    constexpr SquaresOf(const float (&points)[kPairs], int but) : of{} {
+        double all[kPairs + 1] = {1};
+        int degree = 0;
+        for (int i = 0; i < kPairs; ++i) {
+            if (i == but) continue;
+            ++degree;
+            const double square = double(points[i]) * points[i];
+            for (int k = degree; k > 0; --k) all[k] = all[k - 1] - all[k] * square;
+            all[0] *= -square;
+        }
+        for (int k = 0; k < kPairs; ++k) of[k] = all[k];
+    }
+};
+
+template <int kPairs, class List>
+struct OfPairs {
+    static constexpr int kOut = 2 * kPairs - 1, kAll = kOut + 2;
+
+    // A polynomial in the square of the point on every other of d.
+    template <int kBut>
+    static FR_INLINE vf polynomial(const vf* d) {
+        constexpr SquaresOf<kPairs> c(List::points, kBut);
+        constexpr int kDegree = kBut < 0 ? kPairs : kPairs - 1;
+        vf sum = d[2 * kDegree];
+#pragma GCC unroll 4
+        for (int k = kDegree - 1; k >= 0; --k) sum = fma(vf{} + float(c.of[k]), d[2 * k], sum);
+        return sum;
+    }
+    template <int kPair>
+    static FR_INLINE void pair(const vf* d, vf* v) {
+        const vf odd = polynomial<kPair>(d + 1), even = (vf{} + List::points[kPair]) * polynomial<kPair>(d);
+        v[2 * kPair] = odd + even;
+        v[2 * kPair + 1] = odd - even;
+        if constexpr (kPair + 1 < kPairs) pair<kPair + 1>(d, v);
+    }
+    static FR_INLINE void input(const vf* d, vf* v) {
+        pair<0>(d, v);
+        v[2 * kPairs] = polynomial<-1>(d);
+    }
+    static FR_INLINE void output(const vf* m, vf* y) {
+        vf sum[kPairs], difference[kPairs];
+#pragma GCC unroll 4
+        for (int j = 0; j < kPairs; ++j) sum[j] = m[2 * j] + m[2 * j + 1], difference[j] = m[2 * j] - m[2 * j + 1];
+#pragma GCC unroll 7
+        for (int k = 0; k < kOut; ++k) {
+            vf total = k + 1 == kOut ? m[2 * kPairs] : vf{};
+#pragma GCC unroll 4
+            for (int j = 0; j < kPairs; ++j) {
+                float power = 1.0f;
+                for (int i = 0; i < k; ++i) power *= List::points[j];
+                const vf of = k % 2 ? difference[j] : sum[j];
+                total = j == 0 && k + 1 < kOut ? (vf{} + power) * of : fma(vf{} + power, of, total);
+            }
+            y[k] = total;
+        }
+    }
+    struct Filter {
+        double of[kAll][3];
+        constexpr const double (&operator[](int i) const)[3] { return of[i]; }
+    };
+    static constexpr Filter make() {
+        Filter f{};
+        for (int j = 0; j < kPairs; ++j) {
+            const double p = List::points[j];
+            double n = 2.0 * p;
+            for (int i = 0; i < kPairs; ++i)
+                if (i != j) n *= p * p - double(List::points[i]) * List::points[i];
+            const double powers[3] = {1.0, p, p * p};
+            for (int t = 0; t < 3; ++t) {
+                f.of[2 * j][t] = powers[t] / n;
+                f.of[2 * j + 1][t] = (t == 1 ? powers[t] : -powers[t]) / n;
+            }
+        }
+        f.of[2 * kPairs][2] = 1;
+        return f;
+    }
+    static constexpr Filter filter = make();
+};
+
+// 15 pixels in three tiles, of the 14 that images often have; 7 pixels and multiples of them in tiles of 7, whose
+// errors are those of 16-bit activations at most (cpu_winograd.py).
+struct ThreePairs {
+    static constexpr float points[3] = {0.25f, 0.875f, 1.75f};
+};
+struct FourPairs {
+    static constexpr float points[4] = {0.25f, 0.625f, 1.125f, 2.0f};
+};
+template <>
+struct Points<5, 1> : OfPairs<3, ThreePairs> {};
+template <>
+struct Points<7, 1> : OfPairs<4, FourPairs> {};
 
 // Stride 2: y_i = w0 x_2i + w2 x_2i+2 + w1 x_2i+1. The even samples meet a filter of two taps; the odd ones, multiplied
 // as they are, share one element of the filter.

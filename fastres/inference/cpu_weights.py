@@ -130,7 +130,7 @@ class Packed:
         unit = matrix(dtype, precision) if cpu_matrix.groups_serve(self.weight.shape, self.conv.groups) else ()
         if unit and precision == "exact":
             return unit
-        return (direct, *(cpu_winograd.OUTS[self.conv.stride[0]] if fast else ()), *unit)
+        return (direct, *(cpu_winograd.outs(self.conv.stride[0], dtype) if fast else ()), *unit)
 
     def error(self, out: int) -> float:
         """How far Winograd's tile ``out`` is from float64 on random pixels, relative, in float32."""
