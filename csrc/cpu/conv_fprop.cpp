@@ -42,7 +42,7 @@ i64 pairs_unit() {
 
 i64 conv_packed_floats(const ConvShape& g, int pairs) {
     check(g, pairs);
-    if (grouped_serves(g)) return grouped_packed_floats(g);
+    if (grouped_serves(g, pairs)) return grouped_packed_floats(g, pairs);
     Direct p{};
     p.C = g.C, p.K = g.K, p.groups = g.groups, p.n_taps = int(g.R * g.S), p.pairs = pairs != 0;
     return packed_floats(p);
@@ -51,7 +51,8 @@ i64 conv_packed_floats(const ConvShape& g, int pairs) {
 i64 conv_groups(i64 C, i64 K, i64 groups, int pairs) {
     if (groups == 1) return 1;
     const i64 width = C / groups;
-    if (pairs && (width % kPanel || width % (kBlock * Pairs::kChannels))) return 0;
+    const bool narrow = width > 1 && L % width == 0 && C % L == 0;
+    if (pairs && !narrow && (width % kPanel || width % (kBlock * Pairs::kChannels))) return 0;
     return C == K && C % kPanel == 0 && (kPanel % width == 0 || width % kPanel == 0);
 }
 
@@ -59,7 +60,7 @@ void conv_pack(int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const Conv
                i64 ctx) {
     check(g, pairs);
     if (pairs && dtype != kF32) throw std::invalid_argument("conv_pack: pairs are made of float32");
-    if (grouped_serves(g)) return grouped_pack(dtype, w, w_k, w_c, w_tap, g, packed, ctx);
+    if (grouped_serves(g, pairs)) return grouped_pack(dtype, w, w_k, w_c, w_tap, g, pairs, packed, ctx);
     Direct p{};
     p.C = g.C, p.K = g.K, p.groups = g.groups, p.w = w, p.w_out = w_k, p.w_in = w_c, p.pairs = pairs != 0;
     for (; p.n_taps < g.R * g.S; ++p.n_taps) p.w_tap[p.n_taps] = p.n_taps * w_tap;
@@ -70,7 +71,7 @@ void conv_fprop(int dtype, const void* x, const void* w, i64 w_k, i64 w_c, i64 w
                 const ConvShape& g, const float* bias, const void* residual, int relu, void* y, i64 ctx) {
     check(g, pairs);
     if (pairs) need_pairs(dtype, packed);
-    if (grouped_serves(g)) return grouped_fprop(dtype, x, packed, g, bias, residual, relu != 0, y, ctx);
+    if (grouped_serves(g, pairs)) return grouped_fprop(dtype, x, packed, pairs, g, bias, residual, relu != 0, y, ctx);
     Direct p{};
     p.N = g.N, p.H = g.H, p.W = g.W, p.C = g.C, p.I = g.P, p.J = g.Q, p.K = g.K;
     p.groups = g.groups, p.step_h = g.stride_h, p.step_w = g.stride_w;

@@ -3,159 +3,22 @@
 //
 // Operand c of a pixel has in lane k the channel channel_of(c, k) of the lane's own group. With channels taken in
 // pairs, an operand is the even or the odd lanes of x, doubled, which a load does on its way; for the pairs to meet all
-// others of their group, x lies in a row buffer in width / 2 copies whose pairs are exchanged. The buffer holds the
+// others of their group, x lies in a row buffer in width / 2 copies whose pairs are exchanged. Of pairs of bfloat16 a
+// copy is an operand: in each lane one of the width / 2 pairs of its group. The buffer holds the
 // rows that a row of y reads, of one vector, in L1. A sum is held in a register over all taps, an operand over the taps
 // of a row.
 #include "cpu/conv_grouped.h"
 
 #include "cpu/conv_direct.h"
-#include "cpu/isa/rows.h"
+#include "cpu/conv_grouped_tile.h"
 
 namespace FASTRES_BACKEND {
 namespace {
 
-constexpr i64 kMostTiles = 8;             // of a row of y whose rows of x the buffer holds
-constexpr i64 kBuffer = 24 << 10;         // bytes of L1 for the buffer
-constexpr int kMost = L == 16 ? 14 : 10;  // pixels of a tile
+constexpr i64 kMostTiles = 8;      // of a row of y whose rows of x the buffer holds
+constexpr i64 kBuffer = 24 << 10;  // bytes of L1 for the buffer
 
-enum class Operand { kPlain, kPair, kSplat };  // of groups of one channel, of fewer than L, of L
-
-Operand operand_of(i64 width) { return width == 1 ? Operand::kPlain : width == L ? Operand::kSplat : Operand::kPair; }
-// Of the lanes of x, for output lane k.
-int channel_of(Operand kind, int c, int k) {
-    return kind == Operand::kPlain ? k : kind == Operand::kSplat ? c : ((k / 2) ^ (c / 2)) * 2 + c % 2;
-}
-
-template <int kOdd>
-FR_INLINE vf doubled(const float* p) {
-#if defined(__AVX512F__)
-    // Not the intrinsic: GCC loads once for both, and then the shuffles take the turns of products.
-    __m512 v;
-    if (kOdd)
-        asm("vmovshdup %1, %0" : "=v"(v) : "m"(*reinterpret_cast<const __m512*>(p)));
-    else
-        asm("vmovsldup %1, %0" : "=v"(v) : "m"(*reinterpret_cast<const __m512*>(p)));
-    return (vf)v;
-#elif defined(__AVX2__) && FASTRES_WIDTH == 8
-    __m256 v;
-    if (kOdd)
-        asm("vmovshdup %1, %0" : "=x"(v) : "m"(*reinterpret_cast<const __m256*>(p)));
-    else
-        asm("vmovsldup %1, %0" : "=x"(v) : "m"(*reinterpret_cast<const __m256*>(p)));
-    return (vf)v;
-#else
-    vf v;
-    for (int i = 0; i < L; ++i) v[i] = p[i / 2 * 2 + kOdd];
-    return v;
-#endif
-}
-
-// Pairs of lanes exchanged with those at a distance of kPairs, a power of two.
-template <int kPairs>
-FR_INLINE vf exchanged(vf v) {
-    vi order;
-    for (int i = 0; i < L; ++i) order[i] = i ^ (kPairs * 2);
-    return __builtin_shuffle(v, order);
-}
-
-struct Input {
-    const float* const* rows;  // the first pixel of each row of taps
-    i64 R, S, copies;
-    i64 copy, step, dilation;  // floats between copies of a row, pixels of a row, taps
-};
-
-template <class T>
-struct Output {
-    T* y;
-    const T* residual;  // or null
-    i64 pitch;          // from one pixel to the next
-    vf bias, floor;
-    int m;  // pixels that exist
-};
-
-template <Operand kKind, int kAt>
-FR_INLINE vf operand(const float* p) {
-    if constexpr (kKind == Operand::kPair)
-        return doubled<kAt>(p);
-    else if constexpr (kKind == Operand::kPlain)
-        return load(p);
-    else
-        return splat(p + kAt);
-}
-
-// Operand kAt of the pixels at p, with all taps of a row: those of kStride apart that a pixel meets.
-template <Operand kKind, int kAt, int M, int kStride>
-FR_INLINE void three_taps(const float* p, const float* w, vf (&s)[M]) {
-    const vf w0 = load(w), w1 = load(w + L), w2 = load(w + 2 * L);
-#pragma GCC unroll 32
-    for (int j = 0; j < (M - 1) * kStride + 3; ++j) {
-        const vf v = operand<kKind, kAt>(p + j * L);
-        if (j % kStride == 0 && j / kStride < M) s[j / kStride] = fma(v, w0, s[j / kStride]);
-        if (j >= 1 && (j - 1) % kStride == 0 && (j - 1) / kStride < M)
-            s[(j - 1) / kStride] = fma(v, w1, s[(j - 1) / kStride]);
-        if (j >= 2 && (j - 2) % kStride == 0) s[(j - 2) / kStride] = fma(v, w2, s[(j - 2) / kStride]);
-    }
-}
-template <Operand kKind, int kAt, int M>
-FR_INLINE void one_tap(const float* p, i64 step, const float* w, vf (&s)[M]) {
-    const vf weight = load(w);
-#pragma GCC unroll 14
-    for (int i = 0; i < M; ++i, p += step) s[i] = fma(operand<kKind, kAt>(p), weight, s[i]);
-}
-
-// kStride: of three taps that follow each other, or 0 for any others.
-template <class T, Operand kKind, int kStride, int M>
-void tile(const Input& in, i64 at, const float* w, const Output<T>& out) {
-    vf s[M];
-#pragma GCC unroll 14
-    for (int i = 0; i < M; ++i) s[i] = vf{};
-    for (i64 r = 0; r < in.R; ++r) {
-        const float* p = in.rows[r] + at;
-        const auto taps = [&]<int kAt>(Constant<kAt>) __attribute__((always_inline)) {
-            if constexpr (kStride) {
-                three_taps<kKind, kAt, M, kStride>(p, w, s);
-            } else {
-                for (i64 t = 0; t < in.S; ++t) one_tap<kKind, kAt, M>(p + t * in.dilation, in.step, w + t * L, s);
-            }
-            w += in.S * L;
-        };
-        if constexpr (kKind == Operand::kPlain) {
-            taps(Constant<0>());
-        } else if constexpr (kKind == Operand::kPair) {
-            for (i64 q = 0; q < in.copies; ++q, p += in.copy) taps(Constant<0>()), taps(Constant<1>());
-        } else {
-            for (int c = 0; c < L; c += 2, p += 2) taps(Constant<0>()), taps(Constant<1>());
-        }
-    }
-#pragma GCC unroll 14
-    for (int i = 0; i < M; ++i) {
-        if (i >= out.m) break;
-        vf v = s[i] + out.bias;
-        if (out.residual) v += load(out.residual + i * out.pitch);
-        store(out.y + i * out.pitch, at_least(v, out.floor));
-    }
-}
-
-template <class T>
-using Tile = void (*)(const Input&, i64, const float*, const Output<T>&);
-
-// The tile of at least m pixels.
-template <class T, Operand kKind, int kStride>
-Tile<T> tile_of(i64 m) {
-    if (m <= 2) return tile<T, kKind, kStride, 2>;
-    if (m <= 4) return tile<T, kKind, kStride, 4>;
-    if (m <= 7) return tile<T, kKind, kStride, 7>;
-#if FASTRES_WIDTH == 16
-    if (m <= 9) return tile<T, kKind, kStride, 9>;
-    if (m <= 11) return tile<T, kKind, kStride, 11>;
-#endif
-    return tile<T, kKind, kStride, kMost>;
-}
-template <class T, Operand kKind>
-Tile<T> tile_of(i64 stride, i64 m) {
-    return stride == 1 ? tile_of<T, kKind, 1>(m) : stride == 2 ? tile_of<T, kKind, 2>(m) : tile_of<T, kKind, 0>(m);
-}
-
+template <class Of>
 struct Layout {
     i64 width, copies, vectors, vector_floats;  // of a group; of a row; of all outputs; weights of one
     i64 stride;                                 // of the tile
@@ -163,9 +26,9 @@ struct Layout {
     i64 reach, plane, row_floats;               // rows that a row of y reaches over; pixels and floats of one
     explicit Layout(const ConvShape& g)
         : width(g.C / g.groups),
-          copies(operand_of(width) == Operand::kPair ? width / 2 : 1),
+          copies(width == 1 || width == L ? 1 : width / 2),
           vectors(g.K / L),
-          vector_floats(g.R * g.S * width * L),
+          vector_floats(g.R * g.S * width / Of::kChannels * L),
           stride(g.S == 3 && g.dilation_w == 1 && g.stride_w <= 2 ? g.stride_w : 0),
           tiles(ceil_div(g.Q, kMost)),
           reach((g.R - 1) * g.dilation_h + 1) {
@@ -176,13 +39,15 @@ struct Layout {
     }
 };
 
-template <class T>
+template <class T, class Of>
 class Worker {
   public:
-    Worker(const ConvShape& g, const Layout& l, const T* x, const float* w, const float* bias, const T* residual,
+    Worker(const ConvShape& g, const Layout<Of>& l, const T* x, const float* w, const float* bias, const T* residual,
            bool relu, T* y, float* buffer)
         : g_(g), l_(l), x_(x), w_(w), bias_(bias), residual_(residual), relu_(relu), y_(y), buffer_(buffer) {
         for (i64 i = 0; i < (l.reach + 1) * l.row_floats; i += L) store(buffer + i, vf{});
+        for (int c = 0; c < l.copies; ++c)
+            for (int k = 0; k < L; ++k) orders_[c][k] = l.width == L ? k : pair_of(l.width, c, k);
     }
 
     // Rows [first, last) of the N*P rows of y, vectors [vector0, vector1), `band` rows at a time.
@@ -199,7 +64,7 @@ class Worker {
   private:
     // A tile of each row.
     struct Cut {
-        Tile<T> tile;
+        GroupedTile<T> tile;
         i64 j0, m;
     };
 
@@ -240,14 +105,14 @@ class Worker {
         }
     }
 
-    Tile<T> pick(i64 m) const {
-        switch (operand_of(l_.width)) {
+    GroupedTile<T> pick(i64 m) const {
+        switch (operand_of<Of>(l_.width)) {
             case Operand::kPlain:
-                return tile_of<T, Operand::kPlain>(l_.stride, m);
+                return tile_of<T, Of, Operand::kPlain>(l_.stride, m);
             case Operand::kPair:
-                return tile_of<T, Operand::kPair>(l_.stride, m);
+                return tile_of<T, Of, Operand::kPair>(l_.stride, m);
             default:
-                return tile_of<T, Operand::kSplat>(l_.stride, m);
+                return tile_of<T, Of, Operand::kSplat>(l_.stride, m);
         }
     }
 
@@ -256,9 +121,9 @@ class Worker {
         const i64 first = min_of(columns, max_of(0, -w0)), last = max_of(first, min_of(columns, g_.W - w0));
         const auto all = [&](auto copies) {
             const i64 copy = l_.plane * L, C = g_.C;
-            for (i64 c = 0; c < first; ++c) spread<copies.value>(to + c * L, copy, vf{});
-            for (i64 c = first; c < last; ++c) spread<copies.value>(to + c * L, copy, load(from + c * C));
-            for (i64 c = last; c < columns; ++c) spread<copies.value>(to + c * L, copy, vf{});
+            for (i64 c = 0; c < first; ++c) zeros<copies.value>(to + c * L, copy);
+            for (i64 c = first; c < last; ++c) spread<copies.value>(to + c * L, copy, from + c * C);
+            for (i64 c = last; c < columns; ++c) zeros<copies.value>(to + c * L, copy);
         };
         if (l_.copies == 1)
             all(Constant<1>());
@@ -268,7 +133,17 @@ class Worker {
             all(Constant<4>());
     }
     template <int kCopies>
-    FR_INLINE static void spread(float* to, i64 copy, vf x) {
+    FR_INLINE static void zeros(float* to, i64 copy) {
+        for (int q = 0; q < kCopies; ++q) store(to + q * copy, vf{});
+    }
+    template <int kCopies>
+    FR_INLINE void spread(float* to, i64 copy, const T* from) const {
+        if constexpr (Of::kChannels == 2) {
+            const vf pairs = low_half(read<vh>(from));
+            for (int q = 0; q < kCopies; ++q) store(to + q * copy, __builtin_shuffle(pairs, orders_[q]));
+            return;
+        }
+        const vf x = load(from);
         store(to, x);
         if constexpr (kCopies >= 2) store(to + copy, exchanged<1>(x));
         if constexpr (kCopies >= 4) {
@@ -296,21 +171,22 @@ class Worker {
     }
 
     const ConvShape& g_;
-    const Layout& l_;
+    const Layout<Of>& l_;
     const T* x_;
     const float *w_, *bias_;
     const T* residual_;
     const bool relu_;
     T* y_;
     float* buffer_;
+    vi orders_[L / 4];  // of pairs in each copy
     const T *next_ = nullptr, *end_ = nullptr;
     i64 slice_ = 0, chunk_ = 0;
 };
 
-template <class T>
+template <class T, class Of>
 void run(const ConvShape& g, const T* x, const float* w, const float* bias, const T* residual, bool relu, T* y,
          i64 threads) {
-    const Layout l(g);
+    const Layout<Of> l(g);
     // Threads share the rows, or the vectors where those come out more evenly.
     const i64 all_rows = g.N * g.P;
     i64 parts = 1, least = 0;
@@ -328,8 +204,8 @@ void run(const ConvShape& g, const T* x, const float* w, const float* bias, cons
     parallel(threads, shares * parts, [&](i64 first, i64 last, int) {
         for (i64 task = first; task < last; ++task) {
             const i64 share = task / parts, part = task % parts;
-            Worker<T> worker(g, l, x, w, bias, residual, relu, y,
-                             static_cast<float*>(buffers.get()) + task * buffer_floats);
+            Worker<T, Of> worker(g, l, x, w, bias, residual, relu, y,
+                                 static_cast<float*>(buffers.get()) + task * buffer_floats);
             worker.run(all_rows * share / shares, all_rows * (share + 1) / shares, l.vectors * part / parts,
                        l.vectors * (part + 1) / parts, even);
         }
@@ -339,8 +215,8 @@ void run(const ConvShape& g, const T* x, const float* w, const float* bias, cons
 // [vector][row of taps][operand][tap][L]
 template <class T>
 void pack(const T* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, float* to, i64 threads) {
-    const Layout l(g);
-    const Operand kind = operand_of(l.width);
+    const Layout<Floats> l(g);
+    const Operand kind = operand_of<Floats>(l.width);
     parallel(threads, l.vectors, [&](i64 first, i64 last, int) {
         for (i64 v = first; v < last; ++v)
             for (i64 r = 0; r < g.R; ++r)
@@ -354,30 +230,52 @@ void pack(const T* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, float* to
     });
 }
 
-}  // namespace
-
-bool grouped_serves(const ConvShape& g) {
-    if (g.groups <= 1 || g.C != g.K || g.C % L) return false;
-    return L % (g.C / g.groups) == 0;
+// [vector][row of taps][copy, or pair of all][tap][L], pairs of bfloat16
+void pack_pairs(const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, float* to, i64 threads) {
+    const Layout<Pairs> l(g);
+    parallel(threads, l.vectors, [&](i64 first, i64 last, int) {
+        for (i64 v = first; v < last; ++v)
+            for (i64 r = 0; r < g.R; ++r)
+                for (i64 c = 0; c < l.width / 2; ++c)
+                    for (i64 t = 0; t < g.S; ++t)
+                        for (i64 k = 0; k < L; ++k) {
+                            const i64 pair = pair_of(l.width, c, k) % (l.width / 2);
+                            const float* from = w + (v * L + k) * w_k + 2 * pair * w_c + (r * g.S + t) * w_tap;
+                            write(to + v * l.vector_floats + ((r * l.width / 2 + c) * g.S + t) * L + k,
+                                  bf16_pair(from[0], from[w_c]));
+                        }
+    });
 }
 
-i64 grouped_packed_floats(const ConvShape& g) { return g.R * g.S * g.C / g.groups * g.K; }
+}  // namespace
 
-void grouped_pack(int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, float* packed,
+bool grouped_serves(const ConvShape& g, int pairs) {
+    if (g.groups <= 1 || g.C != g.K || g.C % L) return false;
+    const i64 width = g.C / g.groups;
+    return L % width == 0 && (!pairs || width > 1);
+}
+
+i64 grouped_packed_floats(const ConvShape& g, int pairs) {
+    return g.R * g.S * g.C / g.groups * g.K / (pairs ? Pairs::kChannels : Floats::kChannels);
+}
+
+void grouped_pack(int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& g, int pairs, float* packed,
                   i64 threads) {
+    if (pairs) return pack_pairs(static_cast<const float*>(w), w_k, w_c, w_tap, g, packed, max_of(1, threads));
     with_narrow(dtype, [&](auto type) {
         pack(static_cast<const decltype(type)*>(w), w_k, w_c, w_tap, g, packed, max_of(1, threads));
     });
 }
 
-void grouped_fprop(int dtype, const void* x, const float* packed, const ConvShape& g, const float* bias,
+void grouped_fprop(int dtype, const void* x, const float* packed, int pairs, const ConvShape& g, const float* bias,
                    const void* residual, bool relu, void* y, i64 threads) {
     if (g.N * g.P * g.Q == 0) return;
-    with_narrow(dtype, [&](auto type) {
-        using T = decltype(type);
-        run(g, static_cast<const T*>(x), packed, bias, static_cast<const T*>(residual), relu, static_cast<T*>(y),
-            max_of(1, threads));
-    });
+    const auto by = [&]<class T, class Of>(T, Of) {
+        run<T, Of>(g, static_cast<const T*>(x), packed, bias, static_cast<const T*>(residual), relu, static_cast<T*>(y),
+                   max_of(1, threads));
+    };
+    if (pairs) return by(bf16(), Pairs());
+    with_narrow(dtype, [&](auto type) { by(type, Floats()); });
 }
 
 }  // namespace FASTRES_BACKEND

@@ -24,11 +24,16 @@ struct Floats {
     static FR_INLINE void store(T* y, vf low, vf high) {
         FASTRES_BACKEND::store(y, low), FASTRES_BACKEND::store(y + L, high);
     }
+    template <class T>
+    static FR_INLINE void store(T* y, vf v) {
+        FASTRES_BACKEND::store(y, v);
+    }
 };
 struct Pairs {
     static constexpr i64 kChannels = 2;
     static FR_INLINE vf add(vf a, vf b, vf sum) { return dot_pairs(a, b, sum); }
     static FR_INLINE void store(bf16* y, vf low, vf high) { store_pairs(y, low, high); }
+    static FR_INLINE void store(bf16* y, vf v) { store_pairs(y, v); }
 };
 
 // What a tile fetches besides weights, a little with every kStep channels: a processor has room for some twenty lines

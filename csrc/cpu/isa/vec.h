@@ -75,6 +75,27 @@ FR_INLINE void store_pairs(bf16* p, vf low, vf high) {
 #endif
 }
 
+FR_INLINE void store_pairs(bf16* p, vf v) {
+#if defined(__AVX512F__)
+    vh rounded;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
+    write(p, rounded);
+#else
+    store(p, v);
+#endif
+}
+
+// h in the lower lanes; what is in the others does not matter.
+FR_INLINE vf low_half(vh h) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_castsi256_si512((__m256i)h);
+#else
+    vf v{};
+    __builtin_memcpy(&v, &h, sizeof h);
+    return v;
+#endif
+}
+
 FR_INLINE vf splat(const float* p) {
 #if defined(__AVX512F__)
     vf v = (vf)_mm512_set1_ps(*p);
