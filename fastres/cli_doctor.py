@@ -18,6 +18,7 @@ def section(found: dict, short: bool) -> Iterator[Table]:
         whose += [f"{', '.join(theirs)} by PyTorch"] if theirs else []
         page.add_row(row["dtype"], f"{'; '.join(whose)} [dim]({escape(row['why'])})[/dim]")
     page.add_row("matrix unit", escape(found["matrix_unit"]))
+    page.add_row("pairs of bf16", escape(found["pairs_unit"]))
     yield page
     if short:
         return

@@ -212,6 +212,16 @@ def matrix_unit() -> str:
     return "none (AMX with bfloat16)"
 
 
+def pairs_unit() -> str:
+    """Whether inference sessions in bf16 multiply pairs of bfloat16 on this CPU."""
+    from fastres.backends import cpu_conv
+
+    return {
+        "full": "AVX512-BF16 at the rate of other products: serves sessions in bf16",
+        "slow": "AVX512-BF16 at half that rate or less: not used, float32 products are as fast",
+    }.get(cpu_conv.pairs_unit(), "none (AVX512-BF16)")
+
+
 def whole_blocks(verify: bool = False) -> dict:
     """Evaluation blocks in one kernel: what was decided in this process, and which typical ones each GPU could take.
 
@@ -269,6 +279,7 @@ def examine(verify: bool = False) -> dict:
         "tuning": tuning(),
         "cpu_convolutions": cpu_convolutions(),
         "matrix_unit": matrix_unit(),
+        "pairs_unit": pairs_unit(),
         "whole_blocks": whole_blocks(verify),
         "one_pass": one_pass(),
         "openmp": openmp_runtimes(),

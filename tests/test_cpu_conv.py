@@ -256,7 +256,7 @@ def test_a_sanitizer_sees_a_read_beyond_a_buffer():
         "import torch\nfrom fastres import _cpu\n"
         "x, w, y = torch.zeros(4 * 4 * 32), torch.zeros(32 * 32), torch.zeros(9 * 4 * 32)\n"
         "sizes = (1, 9, 4, 32, 32, 9, 4, 1, 1, 1, 1, 0, 0, 1, 1, 1)\n"
-        "_cpu.conv_fprop(0, x.data_ptr(), w.data_ptr(), 32, 1, 1, 0, sizes, 0, 0, 0, y.data_ptr(), 1)\n"
+        "_cpu.conv_fprop(0, x.data_ptr(), w.data_ptr(), 32, 1, 1, 0, False, sizes, 0, 0, 0, y.data_ptr(), 1)\n"
         "print('survived')\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)

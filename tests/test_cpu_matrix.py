@@ -270,6 +270,7 @@ STEMS = [
 def test_stems(isa, dtype, monkeypatch):
     """A NaN reaches the windows that it lies in, and no others: a step reads no pixel but the filter's."""
     monkeypatch.setattr(cpu_weights, "UNITS", {cpu_matrix.unit()})
+    monkeypatch.setattr(cpu_weights, "PAIRED", set())
     least = lambda self, shape, kinds: {p: cpu_weights.Choice(min(of_conv)) for p, of_conv in kinds.items()}  # noqa: E731
     monkeypatch.setattr(cpu_executor.CpuSegment, "_measured", least)
     g = torch.Generator().manual_seed(0)

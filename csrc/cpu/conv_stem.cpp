@@ -18,7 +18,8 @@ void check(const ConvShape& g) {
         throw std::invalid_argument("stem_conv: expected 3 channels, a stride_w of 2, no dilation, fewer than 16 rows");
 }
 
-// Of a filter row; the last pair may be half a zero.
+// Of a filter row. The last pair may be half a zero, which must not meet the next pixel: it might be a NaN. So a row of
+// pairs is laid out twice, the second time with what follows a window as zero.
 i64 row_steps(const ConvShape& g, i64 channels) { return ceil_div(g.S * kColors, channels); }
 i64 panel_floats(const ConvShape& g, i64 channels) { return g.R * row_steps(g, channels) * kPanel; }
 
@@ -36,19 +37,21 @@ class StemWorker {
           pooled_(g, pool, bias, y, width_, g.Q) {
         const i64 values = (max_of(g.W, (g.Q - 1) * kStepW + g.S - g.pad_w) + g.pad_w) * kColors + kChannels - 1;
         row_floats_ = max_of(1, ceil_div(values, kBlock * kChannels)) * kBlock;
+        slot_floats_ = (kHalves ? 2 : 1) * row_floats_;
     }
 
-    // A padded input row for each slot, one of zeros, and the ring.
-    i64 scratch_floats() const { return (kMostRows + 1) * row_floats_ + pooled_.ring_floats(); }
+    // A padded input row for each slot, one of zeros, the taps and the ring.
+    i64 scratch_floats() const { return (kMostRows + 1) * slot_floats_ + taps_floats() + pooled_.ring_floats(); }
 
     // Pooled rows [first, last) of all images.
     void run(i64 first, i64 last, float* rows) const {
-        const float* zeros = rows + kMostRows * row_floats_;
-        __builtin_memset(rows, 0, (kMostRows + 1) * row_floats_ * sizeof(float));
+        const float* zeros = rows + kMostRows * slot_floats_;
+        float* const end = rows + (kMostRows + 1) * slot_floats_;
+        __builtin_memset(rows, 0, (kMostRows + 1) * slot_floats_ * sizeof(float));
         pooled_.run(
-            first, last, rows + (kMostRows + 1) * row_floats_,
-            [&](i64 n, i64 h) { lay_out(x_ + (n * g_.H + h) * g_.W * kColors, rows + h % kMostRows * row_floats_); },
-            [&](i64 top, float* out) { convolve(top, rows, zeros, out); });
+            first, last, end + taps_floats(),
+            [&](i64 n, i64 h) { lay_out(x_ + (n * g_.H + h) * g_.W * kColors, rows + h % kMostRows * slot_floats_); },
+            [&](i64 top, float* out) { convolve(top, rows, zeros, reinterpret_cast<i64*>(end), out); });
     }
 
   private:
@@ -57,6 +60,8 @@ class StemWorker {
         const i64 n = g_.W * kColors;
         if constexpr (kChannels == 2) {
             __builtin_memcpy(reinterpret_cast<char*>(to) + g_.pad_w * kColors * sizeof(T), from, n * sizeof(T));
+            for (i64 at = steps() - 1; at < row_floats_; at += kPitch)  // even channels lie in the lower half
+                write(to + row_floats_ + at, read<u32>(to + at) & 0xffffu);
             return;
         }
         to += g_.pad_w * kColors;
@@ -64,15 +69,24 @@ class StemWorker {
         if (i < n) store_part(to + i, load_part(from + i, int(n - i)), int(n - i));
     }
 
-    static constexpr int kPitch = kStepW * kColors / int(kChannels), kUnroll = kChannels == 2 ? 1 : kColors;
+    static constexpr bool kHalves = kChannels == 2;
+    static constexpr int kPitch = kStepW * kColors / int(kChannels), kUnroll = kHalves ? 1 : kColors;
+    i64 steps() const { return row_steps(g_, kChannels); }
+    i64 taps_floats() const { return ceil_div(g_.R * (kHalves ? steps() : 1) * i64(sizeof(i64)), 64) * kBlock; }
 
-    void convolve(i64 top, const float* rows, const float* zeros, float* out) const {
-        i64 taps[kMostRows];
+    void convolve(i64 top, const float* rows, const float* zeros, i64* taps, float* out) const {
+        int n = 0;
         for (i64 r = 0; r < g_.R; ++r) {
             const i64 h = top + r;
-            taps[r] = (h >= 0 && h < g_.H ? rows + h % kMostRows * row_floats_ : zeros) - rows;
+            const i64 row = (h >= 0 && h < g_.H ? rows + h % kMostRows * slot_floats_ : zeros) - rows;
+            if (!kHalves) {
+                taps[n++] = row;
+                continue;
+            }
+            for (i64 s = 0; s < steps(); ++s) taps[n++] = row + s;
+            if (g_.S * kColors % 2) taps[n - 1] += row_floats_;
         }
-        const TileInput in{taps, int(g_.R), 1, 0, int(row_steps(g_, kChannels))};
+        const TileInput in{taps, n, 1, 0, int(kHalves ? 1 : steps())};
         const i64 count = ceil_div(g_.Q, kPixels);
         for (i64 t = 0; t < count; ++t) {
             const i64 q0 = g_.Q * t / count, m = g_.Q * (t + 1) / count - q0;
@@ -89,7 +103,7 @@ class StemWorker {
     const T* x_;
     const float* w_;
     const i64 panels_, width_;
-    i64 row_floats_;
+    i64 row_floats_, slot_floats_;
     const PooledRows<T> pooled_;
 };
 

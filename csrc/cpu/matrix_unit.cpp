@@ -166,10 +166,10 @@ int execute(greg_t* registers) {
         std::memset(state.tile[first], 0, sizeof state.tile[first]);
         return 5;
     }
-    if (opcode == 0x4b && (prefix == kF2 || prefix == kF3) && mod != 3) {  // TILELOADD, TILESTORED
+    if (opcode == 0x4b && prefix != kNoPrefix && mod != 3) {  // TILELOADD, TILELOADDT1, TILESTORED
         const Memory m = memory(at + 4, registers, x, b);
         for (int r = 0; r < state.rows[first]; ++r)
-            if (prefix == kF2)
+            if (prefix != kF3)
                 std::memcpy(state.tile[first][r], m.base + r * m.index, state.bytes[first]);
             else
                 std::memcpy(m.base + r * m.index, state.tile[first][r], state.bytes[first]);

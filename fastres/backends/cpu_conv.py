@@ -193,9 +193,9 @@ def fprop(x: Tensor, w: Tensor, g: Geometry, bias: Tensor | None = None, residua
     if packed is not None and packed.numel() != cpu._require().conv_packed_floats(fields, pairs):
         raise ValueError(f"fprop: packed: got {packed.numel()} elements, expected those of pack() under {cpu.isa()}")
     cpu._require().conv_fprop(
-        DTYPE_CODE[x.dtype], x.data_ptr(), *weight_address(w), 0 if packed is None else packed.data_ptr(), pairs, fields,
-        0 if bias is None else bias.data_ptr(),
-        0 if residual is None else residual.data_ptr(), relu, y.data_ptr(), torch.get_num_threads(),
+        DTYPE_CODE[x.dtype], x.data_ptr(), *weight_address(w), 0 if packed is None else packed.data_ptr(), pairs,
+        fields, 0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(), relu,
+        y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 

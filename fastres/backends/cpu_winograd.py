@@ -20,7 +20,7 @@ from .trusted import DTYPE_CODE
 #: Output pixels of a tile, a side, by stride.
 OUTS = {1: (2, 3, 4, 5, 7), 2: (2, 4)}
 
-#: Tiles whose error, some twenty times that of direct sums, only 16-bit activations hide (theirs is a hundred times it).
+#: Tiles whose error, some twenty times that of direct sums, is still a hundredth of what 16-bit activations lose.
 ROUGH = (7,)
 
 

@@ -141,7 +141,8 @@ def read(path: Path) -> Stored:
             if set(metadata) != {_KEY}:
                 raise SessionFileError(f"{path}: is a safetensors file, but no saved session of fastres")
             head = _head(path, metadata[_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # Copied to where an allocator puts tensors: the bits of some products depend on the alignment (MKL).
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except SafetensorError as error:
         raise SessionFileError(f"{path}: is damaged, cut off or no saved session: {error}") from error
     if head.get("sha256") != _hash(head, tensors):

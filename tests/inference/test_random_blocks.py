@@ -18,7 +18,7 @@ from fastres import testing
 from fastres.backends import cpu, cpu_conv, cpu_winograd
 from fastres.inference import cpu_weights, executors
 from fastres.inference.cpu_executor import CpuSegment
-from fastres.inference.cpu_weights import DIRECT, Choice
+from fastres.inference.cpu_weights import DIRECT, PAIRS, Choice
 from fastres.inference.plan import Block, Conv, ConvAct, GlobalAvgPool, Linear, Segment, Stem
 
 CPU = torch.device("cpu")
@@ -137,6 +137,7 @@ def contest(monkeypatch):
     monkeypatch.setattr(CpuSegment, "_measured", lambda segment, shape, kinds: found(segment, shape, kinds))
     monkeypatch.setattr(cpu_conv, "wins", lambda kind, x, w, g: not cpu_conv.why_not(x, w, g))
     monkeypatch.setattr(cpu_weights, "UNITS", {"instructions", "model"})
+    monkeypatch.setattr(cpu_weights, "PAIRED", {"full", "slow", "model"})
     return found
 
 
@@ -204,7 +205,7 @@ def test_random_nodes_against_float64(executor, contest):
     if executor == "torch":
         assert served.total() and not left
         return
-    kernels = {DIRECT, *sum(cpu_winograd.OUTS.values(), ())}
+    kernels = {DIRECT, *([PAIRS] if cpu_conv.pairs_unit() else []), *sum(cpu_winograd.OUTS.values(), ())}
     assert contest.taken.keys() == contest.offered.keys() >= kernels, "a kernel was never run"
     if COUNT == 1000:
         assert served.keys() >= SERVED and left.keys() >= LEFT, "the nodes do not cover what they are to cover"
