@@ -46,7 +46,7 @@ class Worker {
            bool relu, T* y, float* buffer)
         : g_(g), l_(l), x_(x), w_(w), bias_(bias), residual_(residual), relu_(relu), y_(y), buffer_(buffer) {
         for (i64 i = 0; i < (l.reach + 1) * l.row_floats; i += L) store(buffer + i, vf{});
-        for (int c = 0; c < l.copies; ++c)
+        for (int c = 0; c < (Of::kChannels == 2 ? l.copies : 0); ++c)
             for (int k = 0; k < L; ++k) orders_[c][k] = l.width == L ? k : pair_of(l.width, c, k);
     }
 
