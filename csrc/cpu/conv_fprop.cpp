@@ -51,8 +51,9 @@ i64 conv_packed_floats(const ConvShape& g, int pairs) {
 i64 conv_groups(i64 C, i64 K, i64 groups, int pairs) {
     if (groups == 1) return 1;
     const i64 width = C / groups;
-    const bool narrow = width > 1 && L % width == 0 && C % L == 0;
-    if (pairs && !narrow && (width % kPanel || width % (kBlock * Pairs::kChannels))) return 0;
+    ConvShape g{};
+    g.C = C, g.K = K, g.groups = groups;
+    if (pairs && !grouped_serves(g, pairs) && (width % kPanel || width % (kBlock * Pairs::kChannels))) return 0;
     return C == K && C % kPanel == 0 && (kPanel % width == 0 || width % kPanel == 0);
 }
 

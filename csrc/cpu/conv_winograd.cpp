@@ -1,6 +1,6 @@
 // 3x3 convolutions by Winograd's minimal filtering (Lavin and Gray, "Fast Algorithms for Convolutional Neural
-// Networks", 2016): F(2x2, 3x3), F(3x3, 3x3) and F(4x4, 3x3) take 2.25, 3.24 and 4 times fewer products, with stride 2
-// F(2x2, 3x3) and F(4x4, 3x3) 1.44 and 1.78 times.
+// Networks", 2016): F(2x2, 3x3), F(3x3, 3x3), F(4x4, 3x3), F(5x5, 3x3) and F(7x7, 3x3) take 2.25, 3.24, 4, 4.6 and 5.4
+// times fewer products, with stride 2 F(2x2, 3x3) and F(4x4, 3x3) 1.44 and 1.78 times.
 //
 // A worker takes as many output tiles as their transformed inputs fit L2, multiplies them, one transformed element
 // after the other, with a panel of 32 output channels, and transforms the sums back: only x, the weights and y pass
