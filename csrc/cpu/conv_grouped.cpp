@@ -178,7 +178,7 @@ class Worker {
     const bool relu_;
     T* y_;
     float* buffer_;
-    vi orders_[L / 4];  // of pairs in each copy
+    vi orders_[4];  // of pairs in each copy
     const T *next_ = nullptr, *end_ = nullptr;
     i64 slice_ = 0, chunk_ = 0;
 };

@@ -85,7 +85,7 @@ FR_INLINE vf operand(const float* p) {
 template <class Of, Operand kKind, int kAt, int M, int kStride>
 FR_INLINE void three_taps(const float* p, const float* w, vf (&s)[M]) {
     const vf w0 = load(w), w1 = load(w + L), w2 = load(w + 2 * L);
-#pragma GCC unroll 32
+#pragma GCC unroll unrolled(32)
     for (int j = 0; j < (M - 1) * kStride + 3; ++j) {
         const vf v = operand<kKind, kAt>(p + j * L);
         if (j % kStride == 0 && j / kStride < M) s[j / kStride] = Of::add(v, w0, s[j / kStride]);
@@ -97,7 +97,7 @@ FR_INLINE void three_taps(const float* p, const float* w, vf (&s)[M]) {
 template <class Of, Operand kKind, int kAt, int M>
 FR_INLINE void one_tap(const float* p, i64 step, const float* w, vf (&s)[M]) {
     const vf weight = load(w);
-#pragma GCC unroll 14
+#pragma GCC unroll unrolled(14)
     for (int i = 0; i < M; ++i, p += step) s[i] = Of::add(operand<kKind, kAt>(p), weight, s[i]);
 }
 
@@ -105,7 +105,7 @@ FR_INLINE void one_tap(const float* p, i64 step, const float* w, vf (&s)[M]) {
 template <class T, class Of, Operand kKind, int kStride, int M>
 void grouped_tile(const Input& in, i64 at, const float* w, const Output<T>& out) {
     vf s[M];
-#pragma GCC unroll 14
+#pragma GCC unroll unrolled(14)
     for (int i = 0; i < M; ++i) s[i] = vf{};
     for (i64 r = 0; r < in.R; ++r) {
         const float* p = in.rows[r] + at;
@@ -125,7 +125,7 @@ void grouped_tile(const Input& in, i64 at, const float* w, const Output<T>& out)
             for (int c = 0; c < L / Of::kChannels; c += 2, p += 2) taps(Constant<0>()), taps(Constant<1>());
         }
     }
-#pragma GCC unroll 14
+#pragma GCC unroll unrolled(14)
     for (int i = 0; i < M; ++i) {
         if (i >= out.m) break;
         vf v = s[i] + out.bias;

@@ -57,7 +57,7 @@ struct Expected {
             left -= each;
         }
         if (next < end) {
-#pragma GCC unroll 4
+#pragma GCC unroll unrolled(4)
             for (i64 i = 0; i < kMost; ++i) __builtin_prefetch(next + i * kBytes, 0, 2);
             next += further;
         }
@@ -86,7 +86,7 @@ constexpr int kOwnLines = kStep * kPanel / kLine;
 template <class Of, int M0, int M1, int kPitch, int kUnroll, bool kExpects>
 FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1, const float* w, vf (&s)[M0 + M1][2]) {
     constexpr int M = M0 + M1;
-#pragma GCC unroll 14
+#pragma GCC unroll unrolled(14)
     for (int i = 0; i < M; ++i) s[i][0] = s[i][1] = vf{};
     const float* ahead = in.ahead;
     const i64 further = in.lines * kLine;
@@ -97,12 +97,12 @@ FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1,
             for (int c = 0; c < width;
                  c += kUnroll, p0 += kUnroll, p1 += kUnroll, w += kUnroll * kPanel, ahead += further) {
                 if constexpr (kExpects) in.expected->step();
-#pragma GCC unroll 4
+#pragma GCC unroll unrolled(4)
                 for (int u = 0; u < kUnroll; ++u) {
                     const vf w0 = load(w + u * kPanel), w1 = load(w + u * kPanel + L);
                     __builtin_prefetch(ahead + u * kPanel, 0, 2);
                     if (kPanel * sizeof(float) > 64) __builtin_prefetch(ahead + u * kPanel + L, 0, 2);
-#pragma GCC unroll 14
+#pragma GCC unroll unrolled(14)
                     for (int i = 0; i < M; ++i) {
                         const vf v = splat(i < M0 ? p0 + i * kPitch + u : p1 + (i - M0) * kPitch + u);
                         s[i][0] = Of::add(v, w0, s[i][0]);
@@ -119,7 +119,7 @@ template <class Of, int M0, int M1, int kPitch = kBlock, int kUnroll = kStep>
 void tile(const TileInput& in, const float* a0, const float* a1, const float* w, float* sums, i64 pitch) {
     vf s[M0 + M1][2];
     accumulate<Of, M0, M1, kPitch, kUnroll, false>(in, a0, a1, w, s);
-#pragma GCC unroll 14
+#pragma GCC unroll unrolled(14)
     for (int i = 0; i < M0 + M1; ++i) {
         store(sums + i * pitch, s[i][0]);
         store(sums + i * pitch + L, s[i][1]);
@@ -144,7 +144,7 @@ void tile_to(const TileInput& in, const float* a0, const float* a1, const float*
     const vf none = vf{} - __builtin_inff();
     const vf floor = out.relu ? vf{} : none;
     const vf b0 = out.bias ? load(out.bias) : vf{}, b1 = out.bias ? load(out.bias + L) : vf{};
-#pragma GCC unroll 14
+#pragma GCC unroll unrolled(14)
     for (int i = 0; i < M0 + M1; ++i) {
         T* const y = i < M0 ? out.y0 + i * out.pitch : out.y1 + (i - M0) * out.pitch;
         vf v0 = s[i][0] + b0, v1 = s[i][1] + b1;

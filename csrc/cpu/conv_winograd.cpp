@@ -14,6 +14,15 @@
 namespace FASTRES_BACKEND {
 namespace {
 
+// As unrolled(); without wide vectors a tile is some hundred registers anyway, and took the compiler minutes.
+constexpr int in_line(int times) {
+#if defined(__AVX2__)
+    return unrolled(times);
+#else
+    return times > 0;
+#endif
+}
+
 // Channels of the transformed weights, filled up with zeros.
 i64 channels_of(i64 C) { return ceil_div(C, kStep) * kStep; }
 
@@ -145,20 +154,20 @@ class Winograd {
     template <class Span>
     FR_INLINE void one(const T* const (&pixels)[A][A], i64 c, float* to, Span span) const {
         vf columns[A][A];
-#pragma GCC unroll 9
+#pragma GCC unroll in_line(9)
         for (int j = 0; j < A; ++j) {
             vf d[A], r[A];
-#pragma GCC unroll 9
+#pragma GCC unroll in_line(9)
             for (int i = 0; i < A; ++i) d[i] = pixels[i][j] ? span.load(pixels[i][j] + c) : vf{};
             Of::input(d, r);
-#pragma GCC unroll 9
+#pragma GCC unroll in_line(9)
             for (int i = 0; i < A; ++i) columns[i][j] = r[i];
         }
-#pragma GCC unroll 9
+#pragma GCC unroll in_line(9)
         for (int i = 0; i < A; ++i) {
             vf r[A];
             Of::input(columns[i], r);
-#pragma GCC unroll 9
+#pragma GCC unroll in_line(9)
             for (int j = 0; j < A; ++j) store(to + (i * A + j) * element_, r[j]);
         }
     }
@@ -207,21 +216,21 @@ class Winograd {
     FR_INLINE void back(const float* m, i64 out, i64 k, int rows, int columns, Span span) const {
         const vf bias = bias_ ? span.load(bias_ + k) : vf{};
         vf half[kOut][A];
-#pragma GCC unroll 9
+#pragma GCC unroll in_line(9)
         for (int j = 0; j < A; ++j) {
             vf d[A], r[kOut];
-#pragma GCC unroll 9
+#pragma GCC unroll in_line(9)
             for (int i = 0; i < A; ++i) d[i] = load(m + (i * A + j) * sums_);
             Of::output(d, r);
-#pragma GCC unroll 7
+#pragma GCC unroll in_line(7)
             for (int i = 0; i < kOut; ++i) half[i][j] = r[i];
         }
-#pragma GCC unroll 7
+#pragma GCC unroll in_line(7)
         for (int i = 0; i < kOut; ++i) {
             if (i >= rows) break;
             vf r[kOut];
             Of::output(half[i], r);
-#pragma GCC unroll 7
+#pragma GCC unroll in_line(7)
             for (int j = 0; j < kOut; ++j) {
                 if (j >= columns) break;
                 const i64 at = out + (i * g_.Q + j) * g_.K;

@@ -152,7 +152,7 @@ struct OfPairs {
         constexpr SquaresOf<kPairs> c(List::points, kBut);
         constexpr int kDegree = kBut < 0 ? kPairs : kPairs - 1;
         vf sum = d[2 * kDegree];
-#pragma GCC unroll 4
+#pragma GCC unroll unrolled(4)
         for (int k = kDegree - 1; k >= 0; --k) sum = fma(vf{} + float(c.of[k]), d[2 * k], sum);
         return sum;
     }
@@ -169,12 +169,12 @@ struct OfPairs {
     }
     static FR_INLINE void output(const vf* m, vf* y) {
         vf sum[kPairs], difference[kPairs];
-#pragma GCC unroll 4
+#pragma GCC unroll unrolled(4)
         for (int j = 0; j < kPairs; ++j) sum[j] = m[2 * j] + m[2 * j + 1], difference[j] = m[2 * j] - m[2 * j + 1];
-#pragma GCC unroll 7
+#pragma GCC unroll unrolled(7)
         for (int k = 0; k < kOut; ++k) {
             vf total = k + 1 == kOut ? m[2 * kPairs] : vf{};
-#pragma GCC unroll 4
+#pragma GCC unroll unrolled(4)
             for (int j = 0; j < kPairs; ++j) {
                 float power = 1.0f;
                 for (int i = 0; i < k; ++i) power *= List::points[j];
@@ -227,15 +227,15 @@ struct Strided {
     static constexpr int kAll = 2 * kOut + 1;
     FR_INLINE static void input(const vf* d, vf* v) {
         vf even[kOut + 1];
-#pragma GCC unroll 5
+#pragma GCC unroll unrolled(5)
         for (int i = 0; i <= kOut; ++i) even[i] = d[2 * i];
         Even::input(even, v);
-#pragma GCC unroll 4
+#pragma GCC unroll unrolled(4)
         for (int i = 0; i < kOut; ++i) v[kOut + 1 + i] = d[2 * i + 1];
     }
     FR_INLINE static void output(const vf* m, vf* y) {
         Even::output(m, y);
-#pragma GCC unroll 4
+#pragma GCC unroll unrolled(4)
         for (int i = 0; i < kOut; ++i) y[i] += m[kOut + 1 + i];
     }
     struct Filter {

@@ -64,8 +64,13 @@ FR_INLINE u16 float_to_half(float f) {
     }
     return u16(sign | ((a + 0xfffu + (a >> 13 & 1) - 0x38000000u) >> 13));
 }
+// Without the instruction a conversion is a hundred others: a call, or a kernel that has it 81 times in line takes the
+// compiler minutes.
+#define FR_HALF __attribute__((noinline)) inline
+#else
+#define FR_HALF FR_INLINE
 #endif
-FR_INLINE vf from_fp16(vh h) {
+FR_HALF vf from_fp16(vh h) {
 #if defined(__AVX512F__)
     return (vf)_mm512_cvtph_ps((__m256i)h);
 #elif defined(__F16C__) && FASTRES_WIDTH == 8
@@ -82,7 +87,7 @@ FR_INLINE vf from_fp16(vh h) {
     return v;
 #endif
 }
-FR_INLINE vh to_fp16(vf v) {
+FR_HALF vh to_fp16(vf v) {
 #if defined(__AVX512F__)
     return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__) && FASTRES_WIDTH == 8

@@ -23,6 +23,16 @@ using u32 = std::uint32_t;
 constexpr int L = FASTRES_WIDTH;
 static_assert(L == 8 || L == 16, "a mask byte holds 8 channels");
 
+// How often a loop over values that belong in registers is unrolled: as often as it runs. Not in the model of AVX-512
+// that is made for tests: its vectors lie in memory anyway, and the compiler took ten minutes for it.
+constexpr int unrolled(int times) {
+#if defined(__AVX512F__) || FASTRES_WIDTH == 8
+    return times;
+#else
+    return times > 0;
+#endif
+}
+
 typedef float vf __attribute__((vector_size(L * 4)));
 typedef double vd __attribute__((vector_size(L * 8)));
 typedef std::int32_t vi __attribute__((vector_size(L * 4)));
