@@ -107,10 +107,16 @@ def empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor:
     N, C, H, W = shape
     n = N * C * H * W
     if n * dtype.itemsize < POOL_BYTES or _module is None:
-        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+        return torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
     flat = torch.frombuffer(_module.PoolBlock(n * dtype.itemsize), dtype=dtype, count=n)
     # Not a view of `flat`: PyTorch treats views made without gradients differently when they are written later.
-    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, shape, (H * W * C, 1, W * C, C))
+    return torch.empty(0, dtype=dtype, device="cpu").set_(flat.untyped_storage(), 0, shape, (H * W * C, 1, W * C, C))
+
+
+def random(shape: tuple[int, ...]) -> torch.Tensor:
+    """Normal float32 values, the same every time, whatever the default device and dtype are."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def memory_info() -> dict[str, int]:

@@ -101,8 +101,8 @@ def ratio(dtype: torch.dtype, ours: Callable[[Tensor, Tensor, Geometry], Tensor]
     narrow = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     if narrow and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{narrow}_supported")():
         return float("inf")
-    x = torch.ones(4, 64, 28, 28, dtype=dtype).to(memory_format=_CL)
-    w = torch.ones(64, 64, 3, 3, dtype=dtype).to(memory_format=_CL)
+    x = torch.ones(4, 64, 28, 28, dtype=dtype, device="cpu").to(memory_format=_CL)
+    w = torch.ones(64, 64, 3, 3, dtype=dtype, device="cpu").to(memory_format=_CL)
     g = ((1, 1), (1, 1), (1, 1), 1)
     best = [float("inf"), float("inf")]
     for _ in range(6):  # the first run of each is its warm-up, and never the least
@@ -227,7 +227,7 @@ def pack_stem(w: Tensor, pairs: bool = False) -> Tensor:
     if w.dtype != torch.float32 or C != 3 or R > STEM_ROWS:
         raise ValueError(f"pack_stem: w: got {w.dtype} {tuple(w.shape)}, expected float32 [K, 3, <= {STEM_ROWS}, S]")
     fields = (1, R, S, C, K, 1, 1, R, S, 1, 2, 0, 0, 1, 1, 1)
-    packed = torch.empty(cpu._require().stem_packed_floats(fields, pairs))
+    packed = floats(cpu._require().stem_packed_floats(fields, pairs))
     cpu._require().stem_pack(*weight_address(w), fields, pairs, packed.data_ptr())
     return packed
 
@@ -248,7 +248,7 @@ def wgrad(dy: Tensor, x: Tensor, w: Tensor, g: Geometry) -> Tensor:
     matter. dy ``[N, K, P, Q]``, x ``[N, C, H, W]``: dense channels_last."""
     p = problem("wgrad", x.shape, w, g, x.dtype)
     check("wgrad", p, x.dtype, x=(x, tuple(x.shape)), dy=(dy, (p.N, p.K, p.P, p.Q)))
-    dw = torch.empty(w.shape, dtype=torch.float32, memory_format=_CL)
+    dw = torch.empty(w.shape, dtype=torch.float32, device="cpu", memory_format=_CL)
     cpu._require().conv_wgrad(
         DTYPE_CODE[x.dtype], dy.data_ptr(), x.data_ptr(), sizes(p), dw.data_ptr(), torch.get_num_threads()
     )

@@ -73,7 +73,7 @@ def pack(w: Tensor, dtype: torch.dtype, groups: int = 1) -> Tensor:
         raise ValueError(f"pack: groups: got {groups} for {tuple(w.shape)}, expected {expected}")
     K, C, R, S = w.shape
     fields = (1, R, S, C * groups, K, 1, 1, R, S, 1, 1, 0, 0, 1, 1, groups)
-    packed = torch.empty(cpu._require().matrix_packed_floats(DTYPE_CODE[dtype], fields))
+    packed = cpu_conv.floats(cpu._require().matrix_packed_floats(DTYPE_CODE[dtype], fields))
     cpu._require().matrix_pack(
         DTYPE_CODE[dtype], *cpu_conv.weight_address(w), fields, packed.data_ptr(), torch.get_num_threads()
     )
@@ -97,7 +97,7 @@ def pack_stem(w: Tensor, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"pack_stem: w: got {w.dtype} {tuple(w.shape)}, expected float32; {'; '.join(reasons)}")
     K, C, R, S = w.shape
     fields = (1, R, S, C, K, 1, 1, R, S, 1, 1, 0, 0, 1, 1, 1)
-    packed = torch.empty(cpu._require().matrix_stem_packed_floats(DTYPE_CODE[dtype], fields))
+    packed = cpu_conv.floats(cpu._require().matrix_stem_packed_floats(DTYPE_CODE[dtype], fields))
     cpu._require().matrix_stem_pack(DTYPE_CODE[dtype], *cpu_conv.weight_address(w), fields, packed.data_ptr())
     return packed
 
@@ -110,7 +110,7 @@ def fprop(x: Tensor, packed: Tensor, w_shape, geometry: Geometry, bias: Tensor |
     S]`` for the dtype of x under the instruction set in use; bias ``[K]`` float32; y, if given, is filled and returned.
     Raises TypeError / ValueError naming the argument.
     """
-    w = torch.empty(1, dtype=x.dtype).expand(*w_shape)
+    w = torch.empty(1, dtype=x.dtype, device="cpu").expand(*w_shape)
     p = cpu_conv.problem("fprop", x.shape, w, geometry, x.dtype, packed=geometry[3] > 1)
     if not groups_serve(w_shape, p.groups):
         raise ValueError(f"fprop: w_shape: got {tuple(w_shape)} with {p.groups} groups, which pack() does not serve")
@@ -172,7 +172,9 @@ def block(x: Tensor, convs: list, projected: bool) -> Tensor:
 
 def _fields(x: Tensor, shape, packed: Tensor, w_shape, geometry: Geometry, bias: Tensor) -> tuple[int, ...]:
     """Of one convolution of a block, checked."""
-    p = cpu_conv.problem("block", shape, torch.empty(1, dtype=x.dtype).expand(*w_shape), geometry, x.dtype)
+    p = cpu_conv.problem(
+        "block", shape, torch.empty(1, dtype=x.dtype, device="cpu").expand(*w_shape), geometry, x.dtype
+    )
     fields = cpu_conv.sizes(p)
     if packed.numel() != cpu._require().matrix_packed_floats(DTYPE_CODE[x.dtype], fields):
         raise ValueError(f"block: packed: got {packed.numel()} elements, expected what pack() makes for {x.dtype}")

@@ -124,8 +124,8 @@ class Packed:
             served = not cpu_matrix.stem_why_not(self.weight.shape, self.conv.geometry)
             unit = matrix(dtype, precision) if served else ()
             return unit if unit and precision == "exact" else (direct, *unit)
-        w = torch.empty(1, dtype=dtype).expand(self.weight.shape)
-        x = torch.empty(1, dtype=dtype).expand(1, self.conv.inputs, 16, 16)
+        w = torch.empty(1, dtype=dtype, device="cpu").expand(self.weight.shape)
+        x = torch.empty(1, dtype=dtype, device="cpu").expand(1, self.conv.inputs, 16, 16)
         fast = precision != "exact" and not cpu_winograd.why_not(x, w, self.conv.geometry)
         unit = matrix(dtype, precision) if cpu_matrix.groups_serve(self.weight.shape, self.conv.groups) else ()
         if unit and precision == "exact":
@@ -134,7 +134,7 @@ class Packed:
 
     def error(self, out: int) -> float:
         """How far Winograd's tile ``out`` is from float64 on random pixels, relative, in float32."""
-        x = torch.randn(1, self.conv.inputs, 16, 16, generator=torch.Generator().manual_seed(0))
+        x = cpu.random((1, self.conv.inputs, 16, 16))
         x = x.relu_().contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(False), torch.no_grad():
             truth = torch.nn.functional.conv2d(x.double(), self.weight.double(), None, *self.conv.geometry)

@@ -184,7 +184,7 @@ def report(session: InferenceSession, shape: Shape, seconds: float | None, again
 
 def _pixels(session: InferenceSession, shape: Shape) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(session.device, session.dtype)
+    x = torch.randn(shape, generator=generator, device="cpu").to(session.device, session.dtype)
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
