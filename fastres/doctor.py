@@ -184,8 +184,8 @@ def cpu_convolutions() -> list[dict]:
 
     geometry, rows = ((1, 1), (1, 1), (1, 1), 1), []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        x = torch.empty(1, dtype=dtype, device="cpu").expand(8, 64, 56, 56)
-        w = torch.empty(1, dtype=dtype, device="cpu").expand(64, 64, 3, 3)
+        x = cpu_backend.stand_in((8, 64, 56, 56), dtype)
+        w = cpu_backend.stand_in((64, 64, 3, 3), dtype)
         reasons = cpu_conv.why_not(x, w, geometry)
         ours = [kind for kind in ("fprop", "dgrad", "wgrad") if not reasons and cpu_conv.wins(kind, x, w, geometry)]
         isa = cpu_backend.isa_or_none()

@@ -113,6 +113,11 @@ def empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(0, dtype=dtype, device="cpu").set_(flat.untyped_storage(), 0, shape, (H * W * C, 1, W * C, C))
 
 
+def stand_in(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A CPU tensor of a shape and dtype that takes no memory, for questions about them; not to be written."""
+    return torch.empty(1, dtype=dtype, device="cpu").expand(*shape)
+
+
 def random(shape: tuple[int, ...]) -> torch.Tensor:
     """Normal float32 values, the same every time, whatever the default device and dtype are."""
     generator = torch.Generator().manual_seed(0)

@@ -110,7 +110,7 @@ def fprop(x: Tensor, packed: Tensor, w_shape, geometry: Geometry, bias: Tensor |
     S]`` for the dtype of x under the instruction set in use; bias ``[K]`` float32; y, if given, is filled and returned.
     Raises TypeError / ValueError naming the argument.
     """
-    w = torch.empty(1, dtype=x.dtype, device="cpu").expand(*w_shape)
+    w = cpu.stand_in(w_shape, x.dtype)
     p = cpu_conv.problem("fprop", x.shape, w, geometry, x.dtype, packed=geometry[3] > 1)
     if not groups_serve(w_shape, p.groups):
         raise ValueError(f"fprop: w_shape: got {tuple(w_shape)} with {p.groups} groups, which pack() does not serve")
@@ -172,9 +172,7 @@ def block(x: Tensor, convs: list, projected: bool) -> Tensor:
 
 def _fields(x: Tensor, shape, packed: Tensor, w_shape, geometry: Geometry, bias: Tensor) -> tuple[int, ...]:
     """Of one convolution of a block, checked."""
-    p = cpu_conv.problem(
-        "block", shape, torch.empty(1, dtype=x.dtype, device="cpu").expand(*w_shape), geometry, x.dtype
-    )
+    p = cpu_conv.problem("block", shape, cpu.stand_in(w_shape, x.dtype), geometry, x.dtype)
     fields = cpu_conv.sizes(p)
     if packed.numel() != cpu._require().matrix_packed_floats(DTYPE_CODE[x.dtype], fields):
         raise ValueError(f"block: packed: got {packed.numel()} elements, expected what pack() makes for {x.dtype}")

@@ -17,7 +17,7 @@ from fastres.inference.cpu_program import ALL_AT_ONCE, Builder, Built, Turns
 from fastres.inference.cpu_weights import DIRECT, MATRIX, Choice, Packed, flat, gather, matrix, paired, whole
 from fastres.inference.executors import Kernel
 from fastres.inference.plan import Linear, Node, Segment, Shape, Stem
-from fastres.ops.bn import is_nhwc, nhwc
+from fastres.ops.bn import nhwc
 
 name = "cpu"
 #: Input shapes that a segment remembers the program of.
@@ -41,7 +41,7 @@ def _beside_convolutions(dtype: torch.dtype, precision: str) -> list[str]:
     """Stems, pooling and classifiers have no contest of their own: they go with a usual convolution's direct sums, or
     where products of bfloat16 take it."""
     shape, geometry = torch.Size((64, 64, 3, 3)), ((1, 1), (1, 1), (1, 1), 1)
-    if _narrow_wins(torch.empty(1, dtype=dtype, device="cpu").expand(shape), geometry, precision):
+    if _narrow_wins(cpu.stand_in(shape, dtype), geometry, precision):
         return []
     return _convolutions([(shape, geometry)], dtype, "exact")
 
@@ -49,7 +49,7 @@ def _beside_convolutions(dtype: torch.dtype, precision: str) -> list[str]:
 def _narrow_wins(w: torch.Tensor, geometry, precision: str) -> bool:
     """Whether products of bfloat16 on the matrix unit or by pairs beat PyTorch's convolution: where they are, they do
     (docs/perf-log.md)."""
-    x = torch.empty(1, dtype=w.dtype, device="cpu").expand(1, w.shape[1], 16, 16)
+    x = cpu.stand_in((1, w.shape[1], 16, 16), w.dtype)
     if paired(w.dtype) and min(w.shape[:2]) >= 32 and not cpu_conv.why_not(x, w, geometry):
         return True
     return bool(matrix(w.dtype, precision)) and cpu_matrix.wins(x, w, geometry)
@@ -60,10 +60,10 @@ def _convolutions(convs: list[tuple], dtype: torch.dtype, precision: str) -> lis
     slower: list[str] = []
     fast = False
     for shape, geometry in convs:
-        w = torch.empty(1, dtype=dtype, device="cpu").expand(shape)
-        x = torch.empty(1, dtype=dtype, device="cpu").expand(1, w.shape[1] * geometry[3], 16, 16)
+        w = cpu.stand_in(shape, dtype)
+        x = cpu.stand_in((1, w.shape[1] * geometry[3], 16, 16), dtype)
         unserved += cpu_conv.why_not(x, w, geometry, grouped=True)
-        dense = torch.empty(1, dtype=dtype, device="cpu").expand(w.shape[0], x.shape[1], *w.shape[2:])
+        dense = cpu.stand_in((w.shape[0], x.shape[1], *w.shape[2:]), dtype)
         if not cpu_conv.wins("fprop", x, dense, (*geometry[:3], 1)):
             slower.append(f"{tuple(w.shape)} {str(dtype)[6:]}: oneDNN's convolution is the faster one")
         fast = fast or (precision != "exact" and cpu_winograd.wins(x, w, geometry))
@@ -159,7 +159,7 @@ class CpuSegment:
         built = {kind: self._build(shape, pick) for kind, pick in networks.items()}
         x = cpu.random(shape).to(self.dtype)
         x = nhwc(x) if x.dim() == 4 else x
-        y = torch.empty(next(iter(built.values())).out_shape, dtype=self.dtype, device="cpu")
+        y = next(iter(built.values())).outputs.take()
         # Of a convolution and its kernel, or of a node as a whole.
         seconds: dict[tuple, float] = {}
         for run in range(_RUNS):
@@ -186,7 +186,7 @@ class CpuSegment:
 
         def seconds(*built: Built) -> list[list[float]]:
             """Of each network's nodes, the least of some runs, in turns: what else the machine does meets all alike."""
-            y = torch.empty(built[0].out_shape, dtype=self.dtype, device="cpu")
+            y = built[0].outputs.take()
             runs = [[] for _ in built]
             for _ in range(_RUNS):
                 for b, of_network in zip(built, runs, strict=True):
@@ -266,8 +266,7 @@ class CpuSegment:
         return ""
 
     def _start(self, x: Tensor) -> tuple[Built, Tensor, Tensor]:
-        if not (is_nhwc(x) if x.dim() == 4 else x.is_contiguous()):
-            x = nhwc(x) if x.dim() == 4 else x.contiguous()
+        x = nhwc(x) if x.dim() == 4 else x.contiguous()
         built = self._built(tuple(x.shape))
         return built, x, built.outputs.take()
 

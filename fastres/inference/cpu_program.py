@@ -86,10 +86,13 @@ class Built:
     nodes: tuple[int, ...]
     convs: tuple[Packed | None, ...]
     choices: tuple[tuple[Choice, ...], ...]
-    out_shape: Shape
     outputs: Outputs
     held: tuple
     turns: Turns
+
+    @property
+    def out_shape(self) -> Shape:
+        return self.outputs.shape
 
 
 class Builder:
@@ -120,9 +123,8 @@ class Builder:
             add(program, *step)
         if in_turns:
             program.take_turns(*in_turns)
-        outputs = Outputs(self.shape, self.dtype)
-        fields = tuple(self.nodes), tuple(self.convs), tuple(choices), self.shape, outputs, tuple(self.held), turns
-        return Built(program, *fields)
+        outputs, of_steps = Outputs(self.shape, self.dtype), (tuple(self.nodes), tuple(self.convs))
+        return Built(program, *of_steps, tuple(choices), outputs, tuple(self.held), turns)
 
     def _begin_turns(self, nodes: tuple, times: int, last: bool) -> tuple[int, int, int]:
         """From here on for one turn's images; the bytes of its input, its result's place and bytes."""

@@ -124,8 +124,8 @@ class Packed:
             served = not cpu_matrix.stem_why_not(self.weight.shape, self.conv.geometry)
             unit = matrix(dtype, precision) if served else ()
             return unit if unit and precision == "exact" else (direct, *unit)
-        w = torch.empty(1, dtype=dtype, device="cpu").expand(self.weight.shape)
-        x = torch.empty(1, dtype=dtype, device="cpu").expand(1, self.conv.inputs, 16, 16)
+        w = cpu.stand_in(self.weight.shape, dtype)
+        x = cpu.stand_in((1, self.conv.inputs, 16, 16), dtype)
         fast = precision != "exact" and not cpu_winograd.why_not(x, w, self.conv.geometry)
         unit = matrix(dtype, precision) if cpu_matrix.groups_serve(self.weight.shape, self.conv.groups) else ()
         if unit and precision == "exact":

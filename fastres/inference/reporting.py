@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from fastres import machine
+from fastres.backends import cpu
 from fastres.convolution import widens
 from fastres.inference import executors
 from fastres.inference.plan import Foreign, Node, Shape, tensors
@@ -183,8 +184,7 @@ def report(session: InferenceSession, shape: Shape, seconds: float | None, again
 
 
 def _pixels(session: InferenceSession, shape: Shape) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator, device="cpu").to(session.device, session.dtype)
+    x = cpu.random(shape).to(session.device, session.dtype)
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
