@@ -39,6 +39,13 @@ i64 winograd_packed_floats(const ConvShape& shape, i64 out);
 void winograd_pack(const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, i64 out, float* packed,
                    i64 ctx);
 
+// conv_fprop by Strassen's product, of 1x1 taps, one group and no padding; levels: 1 or 2. packed: what strassen_pack
+// made of the float32 weights for as many.
+void strassen_fprop(int dtype, const void* x, const float* packed, const ConvShape& shape, i64 levels,
+                    const float* bias /*or null*/, const void* residual /*or null*/, int relu, void* y, i64 ctx);
+i64 strassen_packed_floats(const ConvShape& shape, i64 levels);
+void strassen_pack(const float* w, i64 w_k, i64 w_c, const ConvShape& shape, i64 levels, float* packed, i64 ctx);
+
 // A square pooling window and the size of its output.
 struct PoolShape {
     i64 kernel, stride, padding, P, Q;

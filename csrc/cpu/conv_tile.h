@@ -72,7 +72,7 @@ struct TileInput {
     // What to fetch from far meanwhile, and how many lines of it with every kStep channels.
     const float* ahead = nullptr;
     int lines = 0;
-    Expected* expected = nullptr;  // of tiles that end in y
+    Expected* expected = nullptr;  // of tiles that end in y or are asked to
 };
 
 constexpr int kStep = 4;   // channels between two tests of the loop
@@ -115,10 +115,10 @@ FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1,
 }
 
 // The sums as they are, [M0 + M1] rows of kPanel.
-template <class Of, int M0, int M1, int kPitch = kBlock, int kUnroll = kStep>
+template <class Of, int M0, int M1, int kPitch = kBlock, int kUnroll = kStep, bool kExpects = false>
 void tile(const TileInput& in, const float* a0, const float* a1, const float* w, float* sums, i64 pitch) {
     vf s[M0 + M1][2];
-    accumulate<Of, M0, M1, kPitch, kUnroll, false>(in, a0, a1, w, s);
+    accumulate<Of, M0, M1, kPitch, kUnroll, kExpects>(in, a0, a1, w, s);
 #pragma GCC unroll unrolled(14)
     for (int i = 0; i < M0 + M1; ++i) {
         store(sums + i * pitch, s[i][0]);
@@ -163,6 +163,11 @@ template <class Of, int... M>
 struct Tiles {
     static TileFunction one(i64 m) {
         static constexpr TileFunction f[] = {tile<Of, M + 1, 0>...};
+        return f[m - 1];
+    }
+    // That fetch what is expected.
+    static TileFunction expecting(i64 m) {
+        static constexpr TileFunction f[] = {tile<Of, M + 1, 0, kBlock, kStep, true>...};
         return f[m - 1];
     }
     // Of pixels of kPitch channels that are not padded to a block; widths are multiples of kUnroll.

@@ -181,6 +181,12 @@ FORWARD(winograd_fprop,
 FORWARD(winograd_pack,
         (const float* w, i64 w_k, i64 w_c, i64 w_tap, const ConvShape& shape, i64 out, float* packed, i64 ctx), w, w_k,
         w_c, w_tap, shape, out, packed, ctx)
+FORWARD(strassen_fprop,
+        (int dtype, const void* x, const float* packed, const ConvShape& shape, i64 levels, const float* bias,
+         const void* residual, int relu, void* y, i64 ctx),
+        dtype, x, packed, shape, levels, bias, residual, relu, y, ctx)
+FORWARD(strassen_pack, (const float* w, i64 w_k, i64 w_c, const ConvShape& shape, i64 levels, float* packed, i64 ctx),
+        w, w_k, w_c, shape, levels, packed, ctx)
 FORWARD(stem_conv,
         (int dtype, const void* x, const float* packed, int pairs, const ConvShape& shape, const PoolShape& pool,
          const float* bias, void* y, i64 ctx),
@@ -215,6 +221,7 @@ FORWARD_SIZE(conv_groups, (i64 C, i64 K, i64 groups, int pairs), C, K, groups, p
 FORWARD_SIZE(pairs_unit, ())
 FORWARD_SIZE(matrix_groups, (i64 C, i64 K, i64 groups), C, K, groups)
 FORWARD_SIZE(winograd_packed_floats, (const ConvShape& shape, i64 out), shape, out)
+FORWARD_SIZE(strassen_packed_floats, (const ConvShape& shape, i64 levels), shape, levels)
 FORWARD_SIZE(stem_packed_floats, (const ConvShape& shape, int pairs), shape, pairs)
 
 }  // namespace cpu

@@ -33,6 +33,9 @@ using Entry = void (*)();  // a launch function with its type erased
     X(winograd_fprop)            \
     X(winograd_packed_floats)    \
     X(winograd_pack)             \
+    X(strassen_fprop)            \
+    X(strassen_packed_floats)    \
+    X(strassen_pack)             \
     X(conv_groups)               \
     X(pairs_unit)                \
     X(matrix_groups)             \

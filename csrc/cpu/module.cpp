@@ -44,6 +44,7 @@ void program(pybind11::module_& m) {
     pybind11::enum_<Op>(m, "Op")
         .value("direct", Op::kDirect)
         .value("winograd", Op::kWinograd)
+        .value("strassen", Op::kStrassen)
         .value("stem", Op::kStem)
         .value("mean", Op::kMean)
         .value("pairs", Op::kPairs)
@@ -152,6 +153,22 @@ void extras(pybind11::module_& m) {
         "winograd_pack",
         [](Address w, i64 w_k, i64 w_c, i64 w_tap, const Sizes& sizes, i64 out, Address packed, i64 ctx) {
             winograd_pack(pointer<float>(w), w_k, w_c, w_tap, shape_of(sizes), out, pointer<float>(packed), ctx);
+        },
+        released, "See csrc/cpu/conv.h.");
+    m.def(
+        "strassen_fprop",
+        [](int dtype, Address x, Address packed, const Sizes& sizes, i64 levels, Address bias, Address residual,
+           int relu, Address y, i64 ctx) {
+            strassen_fprop(dtype, pointer<void>(x), pointer<float>(packed), shape_of(sizes), levels,
+                           pointer<float>(bias), pointer<void>(residual), relu, pointer<void>(y), ctx);
+        },
+        released, "See csrc/cpu/conv.h.");
+    m.def("strassen_packed_floats",
+          [](const Sizes& sizes, i64 levels) { return strassen_packed_floats(shape_of(sizes), levels); });
+    m.def(
+        "strassen_pack",
+        [](Address w, i64 w_k, i64 w_c, const Sizes& sizes, i64 levels, Address packed, i64 ctx) {
+            strassen_pack(pointer<float>(w), w_k, w_c, shape_of(sizes), levels, pointer<float>(packed), ctx);
         },
         released, "See csrc/cpu/conv.h.");
     m.def(

@@ -30,6 +30,8 @@ void run_step(int dtype, const Step& s, const Step* next, const Places& at, i64 
                               s.relu, dst, threads);
         case Op::kWinograd:
             return winograd_fprop(dtype, src, s.packed, s.shape, s.out, s.bias, residual, s.relu, dst, threads);
+        case Op::kStrassen:
+            return strassen_fprop(dtype, src, s.packed, s.shape, s.out, s.bias, residual, s.relu, dst, threads);
         case Op::kStem:
         case Op::kPairsStem:
             return stem_conv(dtype, src, s.packed, s.op == Op::kPairsStem, s.shape, s.pool, s.bias, dst, threads);

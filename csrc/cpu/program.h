@@ -8,7 +8,7 @@
 namespace cpu {
 
 // kPairs, kPairsStem: kDirect and kStem by products of pairs of bfloat16.
-enum class Op { kDirect, kWinograd, kStem, kMean, kMatrix, kBlock, kMatrixStem, kPairs, kPairsStem };
+enum class Op { kDirect, kWinograd, kStem, kMean, kMatrix, kBlock, kMatrixStem, kPairs, kPairsStem, kStrassen };
 
 // Where a tensor lies: a byte offset into the arena, or one of these.
 constexpr i64 kInput = -1, kOutput = -2, kNone = -3;
@@ -24,7 +24,7 @@ struct Step {
     i64 src, residual, dst;
     ConvShape shape;  // of kMean: N, H, W and C
     PoolShape pool;   // of stems
-    i64 out;          // of kWinograd: pixels of a tile, a side
+    i64 out;          // of kWinograd: pixels of a tile, a side; of kStrassen: levels
     const float *packed, *bias;
     int relu;
     Parts parts = {};  // of kBlock, with what matrix_block takes

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastres.backends import cpu, cpu_conv, cpu_matrix, cpu_winograd
 from fastres.inference.cpu_program import ALL_AT_ONCE, Builder, Built, Turns
-from fastres.inference.cpu_weights import DIRECT, MATRIX, Choice, Packed, flat, gather, matrix, paired, whole
+from fastres.inference.cpu_weights import MATRIX, Choice, Packed, flat, gather, matrix, paired, whole
 from fastres.inference.executors import Kernel
 from fastres.inference.plan import Linear, Node, Segment, Shape, Stem
 from fastres.ops.bn import nhwc
@@ -95,7 +95,7 @@ class CpuSegment:
 
     def __init__(self, segment: Segment, dtype: torch.dtype, precision: str):
         self.segment, self.dtype, self.precision = segment, dtype, precision
-        self.weights = [[Packed(c, isinstance(node, Stem)) for c in _convs(node)] for node in segment.nodes]
+        self.weights = [_packed(node) for node in segment.nodes]
         self._programs: dict[tuple, Built] = {}
         #: (instruction set, threads, about how many elements of input) -> convolution -> its kernel.
         self._choices: dict[tuple, dict[Packed, Choice]] = {}
@@ -172,7 +172,7 @@ class CpuSegment:
         found, least = {}, {}
         for conv, of_conv in kinds.items():
             best = min(of_conv, key=lambda kind: seconds.get((conv, kind), 0.0))
-            found[conv] = Choice(best, conv.error(best) if best > DIRECT else 0.0)
+            found[conv] = Choice(best, conv.error(best) if Choice(best).algorithm else 0.0)
             least[conv] = seconds.get((conv, best), 0.0)
         for at, of_node in enumerate(self.weights):
             if of_node and of_node[0] in units and seconds[at, "whole"] < sum(least[p] for p in of_node):
@@ -291,8 +291,9 @@ class CpuSegment:
         for at, (node, choices) in enumerate(zip(self.segment.nodes, built.choices, strict=True)):
             names = [str(c) for c in choices]
             kernel = ", ".join(f"{names.count(n)} x {n}" if names.count(n) > 1 else n for n in dict.fromkeys(names))
-            errors = [c.error for c in choices if c.out > DIRECT]
-            notes = [f"winograd's error {max(errors):.1e} a layer"] if errors else []
+            algorithms = dict.fromkeys(c.algorithm for c in choices if c.algorithm)
+            errors = {a: max(c.error for c in choices if c.algorithm == a) for a in algorithms}
+            notes = [f"{a}'s error {error:.1e} a layer" for a, error in errors.items()]
             notes += [f"{built.turns.images} of the images at a time"] if at < built.turns.nodes else []
             if node.op == "stem":
                 kernel = f"{kernel} + pool in L1"
@@ -310,8 +311,10 @@ def _choice(out: int, error: float, of_whole: bool) -> Choice:
     return Choice(out, float(error), bool(of_whole))
 
 
-def _convs(node: Node):
-    return (flat(node),) if isinstance(node, Linear) else node.convs()
+def _packed(node: Node) -> list[Packed]:
+    if isinstance(node, Linear):
+        return [Packed(flat(node), pixels=False)]
+    return [Packed(c, isinstance(node, Stem)) for c in node.convs()]
 
 
 def prepare(segment: Segment, device: torch.device, dtype: torch.dtype, precision: str) -> CpuSegment:

@@ -9,7 +9,7 @@ import torch
 
 from fastres.backends import cpu
 from fastres.backends.trusted import DTYPE_CODE
-from fastres.inference.cpu_weights import DIRECT, PAIRS, Choice, Packed, sizes
+from fastres.inference.cpu_weights import DIRECT, PAIRS, STRASSEN, Choice, Packed, sizes
 from fastres.inference.plan import Block, ConvAct, GlobalAvgPool, Linear, Segment, Shape, Stem
 
 _LINE = 64
@@ -216,8 +216,10 @@ class Builder:
         weights = self._weights(packed.get(self.isa, choice.out), packed.bias)
         fields = sizes(self.shape, tuple(packed.weight.shape), packed.conv.geometry)
         Op = self.module.Op
-        op = {DIRECT: Op.direct, PAIRS: Op.pairs}.get(choice.out, Op.winograd if choice.out > DIRECT else Op.matrix)
-        self._step(op, residual, target, fields, (0,) * 5, choice.out, weights, relu, packed)
+        named = {DIRECT: Op.direct, PAIRS: Op.pairs, **dict.fromkeys(STRASSEN, Op.strassen)}
+        op = named.get(choice.out, Op.winograd if choice.out > DIRECT else Op.matrix)
+        tile = STRASSEN.get(choice.out, choice.out)
+        self._step(op, residual, target, fields, (0,) * 5, tile, weights, relu, packed)
         return choice
 
     def _step(self, op, residual: int, target: int, fields, pool, out: int, weights, relu: bool, conv=None) -> None:

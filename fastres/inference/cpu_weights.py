@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastres.backends import cpu, cpu_conv, cpu_matrix, cpu_winograd
+from fastres.backends import cpu, cpu_conv, cpu_matrix, cpu_strassen, cpu_winograd
 from fastres.inference.plan import Block, Conv, Linear, Shape
 from fastres.problem import problem_of
 
 #: Direct sums, by products of floats or of pairs of bfloat16, or pixels of Winograd's tile, a side, or the matrix unit:
-#: less than none, as many as its products of bfloat16 for one of the dtype.
-DIRECT, PAIRS, MATRIX = 0, -2, (-1, -3)
+#: less than none, as many as its products of bfloat16 for one of the dtype; or Strassen's product,
+#: less than none, as many as it has products for a level.
+DIRECT, PAIRS, MATRIX, STRASSEN = 0, -2, (-1, -3), {-7: 1, -49: 2}
 #: What `cpu_conv.pairs_unit` must find for pairs to be asked.
 PAIRED = {"full"}
 #: What must execute the matrix unit's instructions (`cpu_matrix.unit`) for it to be asked.
@@ -25,19 +26,24 @@ _LINE = 16  # floats
 
 @dataclass(frozen=True)
 class Choice:
-    """``out``: `DIRECT`, the tile of Winograd's or the matrix unit's; ``error``: its `Packed.error` (0.0: not
-    measured); ``whole``: with all of its block, depth first."""
+    """``out``: `DIRECT`, of `STRASSEN`, the tile of Winograd's or the matrix unit's; ``error``: its `Packed.error`
+    (0.0: not measured); ``whole``: with all of its block, depth first."""
 
     out: int
     error: float = 0.0
     whole: bool = False
 
+    @property
+    def algorithm(self) -> str:
+        """Of fewer products than direct sums have, if it is one."""
+        return "winograd" if self.out > DIRECT else "strassen" if self.out in STRASSEN else ""
+
     def __str__(self) -> str:
         if self.out in MATRIX:
             name = "matrix bf16" if self.out == -1 else f"matrix {-self.out} x bf16"
             return f"{name}, depth first" if self.whole else name
-        if self.out > DIRECT:
-            return f"winograd {self.out}x{self.out}"
+        if self.algorithm:
+            return f"winograd {self.out}x{self.out}" if self.out > DIRECT else f"strassen {-self.out}"
         return "direct" if self.out == DIRECT else "direct, pairs of bf16"
 
 
@@ -72,8 +78,9 @@ def flat(node: Linear) -> Conv:
 class Packed:
     """One convolution's weights, laid out once for each kernel and instruction set that asked for them."""
 
-    def __init__(self, conv: Conv, stem: bool = False):
-        self.conv, self.stem = conv, stem
+    def __init__(self, conv: Conv, stem: bool = False, pixels: bool = True):
+        """``pixels``: whether images have more than one."""
+        self.conv, self.stem, self.pixels = conv, stem, pixels
         self.weight = conv.weight.float().contiguous(memory_format=torch.channels_last)
         self.bias = conv.bias.float().contiguous()
         self._held: dict[tuple[str, int], Tensor] = {}
@@ -93,6 +100,8 @@ class Packed:
                         found = cpu_matrix.pack_stem(self.weight, operands)
                     else:
                         found = cpu_matrix.pack(self.weight, operands, self.conv.groups)
+                elif kind in STRASSEN:
+                    found = cpu_strassen.pack(self.weight, STRASSEN[kind])
                 else:
                     found = cpu_winograd.pack(self.weight, kind, self.conv.stride[0])
             self._held[isa, kind] = found
@@ -130,16 +139,24 @@ class Packed:
         unit = matrix(dtype, precision) if cpu_matrix.groups_serve(self.weight.shape, self.conv.groups) else ()
         if unit and precision == "exact":
             return unit
-        return (direct, *(cpu_winograd.outs(self.conv.stride[0], dtype) if fast else ()), *unit)
+        fewer = cpu_winograd.outs(self.conv.stride[0], dtype) if fast else ()
+        if precision != "exact" and direct == DIRECT and not unit and self.pixels:
+            if not cpu_strassen.why_not(x, w, self.conv.geometry):
+                fewer += tuple(k for k, n in STRASSEN.items() if min(w.shape[:2]) >= cpu_strassen.LEAST[n])
+        return (direct, *fewer, *unit)
 
     def error(self, out: int) -> float:
-        """How far Winograd's tile ``out`` is from float64 on random pixels, relative, in float32."""
+        """How far Winograd's tile ``out`` or Strassen's product is from float64 on random pixels, relative, in
+        float32."""
         x = cpu.random((1, self.conv.inputs, 16, 16))
         x = x.relu_().contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(False), torch.no_grad():
             truth = torch.nn.functional.conv2d(x.double(), self.weight.double(), None, *self.conv.geometry)
-            packed, stride = self.get(cpu.isa(), out), self.conv.stride[0]
-            found = cpu_winograd.fprop(x, packed, len(self.bias), self.conv.padding, out, stride=stride)
+            packed, K, stride = self.get(cpu.isa(), out), len(self.bias), self.conv.stride
+            if out in STRASSEN:
+                found = cpu_strassen.fprop(x, packed, K, stride=stride, levels=STRASSEN[out])
+            else:
+                found = cpu_winograd.fprop(x, packed, K, self.conv.padding, out, stride=stride[0])
             return float((found.double() - truth).norm() / truth.norm().clamp(min=1e-300))
 
 

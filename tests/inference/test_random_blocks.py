@@ -15,10 +15,10 @@ import torch
 from torch.nn import functional as F
 
 from fastres import testing
-from fastres.backends import cpu, cpu_conv, cpu_winograd
+from fastres.backends import cpu, cpu_conv, cpu_strassen, cpu_winograd
 from fastres.inference import cpu_weights, executors
 from fastres.inference.cpu_executor import CpuSegment
-from fastres.inference.cpu_weights import DIRECT, PAIRS, Choice
+from fastres.inference.cpu_weights import DIRECT, PAIRS, STRASSEN, Choice
 from fastres.inference.plan import Block, Conv, ConvAct, GlobalAvgPool, Linear, Segment, Stem
 
 CPU = torch.device("cpu")
@@ -138,6 +138,7 @@ def contest(monkeypatch):
     monkeypatch.setattr(cpu_conv, "wins", lambda kind, x, w, g: not cpu_conv.why_not(x, w, g))
     monkeypatch.setattr(cpu_weights, "UNITS", {"instructions", "model"})
     monkeypatch.setattr(cpu_weights, "PAIRED", {"full", "slow", "model"})
+    monkeypatch.setattr(cpu_strassen, "LEAST", {1: 16, 2: 32})
     return found
 
 
@@ -208,6 +209,7 @@ def test_random_nodes_against_float64(executor, contest):
     kernels = {DIRECT, *([PAIRS] if cpu_conv.pairs_unit() else []), *sum(cpu_winograd.OUTS.values(), ())}
     assert contest.taken.keys() == contest.offered.keys() >= kernels, "a kernel was never run"
     if COUNT == 1000:
+        assert contest.taken.keys() >= STRASSEN.keys(), "a kernel was never run"
         assert served.keys() >= SERVED and left.keys() >= LEFT, "the nodes do not cover what they are to cover"
 
 
