@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import astuple
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ name = "cpu"
 _PROGRAMS = 32
 #: What part of the time turns must save.
 _WORTH = 0.01
-#: Images that the choice of kernels is measured on at most, and its runs.
-_IMAGES, _RUNS = 8, 4
+#: Images that the choice of kernels is measured on at most; its runs, more of them while it has taken no longer.
+_IMAGES, _RUNS, _MORE, _SECONDS = 8, 4, 12, 2.0
 
 
 def why_not(node: Node, device: torch.device, dtype: torch.dtype, precision: str) -> list[str]:
@@ -162,7 +163,10 @@ class CpuSegment:
         y = next(iter(built.values())).outputs.take()
         # Of a convolution and its kernel, or of a node as a whole.
         seconds: dict[tuple, float] = {}
-        for run in range(_RUNS):
+        start = perf_counter()
+        for run in range(_MORE):
+            if run >= _RUNS and perf_counter() - start > _SECONDS:
+                break
             for kind, b in built.items():
                 times = b.program.timed(x.data_ptr(), y.data_ptr(), torch.get_num_threads())
                 for node, conv, time in zip(b.nodes, b.convs, times, strict=True):
