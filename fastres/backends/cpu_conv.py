@@ -157,6 +157,19 @@ def check_bias(bias: Tensor | None, K: int) -> None:
         raise ValueError(f"fprop: bias: got {bias.dtype} {tuple(bias.shape)}, expected dense float32 ({K},)")
 
 
+def target(x: Tensor, packed: Tensor, expected: int, made: str, shape: tuple, bias: Tensor | None,
+           residual: Tensor | None, y: Tensor | None) -> Tensor:  # fmt: skip
+    """y ``shape``, made where it is None, for operands that are what `fprop` of some algorithm needs; packed: of
+    ``expected`` elements, ``made`` as its pack() makes them. Raises TypeError / ValueError naming the argument."""
+    if packed.dtype != torch.float32 or packed.numel() != expected:
+        got = f"{packed.dtype} of {packed.numel()} elements"
+        raise ValueError(f"fprop: packed: got {got}, expected {expected} as pack() makes them {made}")
+    y = cpu.empty(shape, x.dtype) if y is None else y
+    check("fprop", str(shape), x.dtype, x=(x, tuple(x.shape)), residual=(residual, shape), y=(y, shape))
+    check_bias(bias, shape[1])
+    return y
+
+
 def problem(function: str, x_shape, w: Tensor, g: Geometry, dtype: torch.dtype, packed: bool = False,
             pairs: bool = False) -> ConvProblem:  # fmt: skip
     if dtype not in _DTYPES or w.dtype != dtype:

@@ -116,13 +116,7 @@ def fprop(x: Tensor, packed: Tensor, w_shape, geometry: Geometry, bias: Tensor |
         raise ValueError(f"fprop: w_shape: got {tuple(w_shape)} with {p.groups} groups, which pack() does not serve")
     fields, code = cpu_conv.sizes(p), DTYPE_CODE[x.dtype]
     expected = cpu._require().matrix_packed_floats(code, fields)
-    if packed.dtype != torch.float32 or packed.numel() != expected:
-        got = f"{packed.dtype} of {packed.numel()} elements"
-        raise ValueError(f"fprop: packed: got {got}, expected {expected} as pack() makes them for {x.dtype}")
-    shape = (p.N, p.K, p.P, p.Q)
-    y = cpu.empty(shape, x.dtype) if y is None else y
-    cpu_conv.check("fprop", p, x.dtype, x=(x, tuple(x.shape)), residual=(residual, shape), y=(y, shape))
-    cpu_conv.check_bias(bias, p.K)
+    y = cpu_conv.target(x, packed, expected, f"for {x.dtype}", (p.N, p.K, p.P, p.Q), bias, residual, y)
     cpu._require().matrix_fprop(
         code, x.data_ptr(), packed.data_ptr(), fields, 0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(), relu, y.data_ptr(), torch.get_num_threads(),

@@ -60,12 +60,7 @@ def fprop(x: Tensor, packed: Tensor, K: int, bias: Tensor | None = None, residua
     sizes = _sizes(N, H, W, C, K, stride)
     shape = (N, K, *sizes[5:7])
     expected = cpu._require().strassen_packed_floats(sizes, levels)
-    if packed.dtype != torch.float32 or packed.numel() != expected:
-        got = f"{packed.dtype} of {packed.numel()} elements"
-        raise ValueError(f"fprop: packed: got {got}, expected {expected} as pack() makes them under {cpu.isa()}")
-    y = cpu.empty(shape, x.dtype) if y is None else y
-    cpu_conv.check("fprop", str(shape), x.dtype, x=(x, tuple(x.shape)), residual=(residual, shape), y=(y, shape))
-    cpu_conv.check_bias(bias, K)
+    y = cpu_conv.target(x, packed, expected, f"under {cpu.isa()}", shape, bias, residual, y)
     cpu._require().strassen_fprop(
         DTYPE_CODE[x.dtype], x.data_ptr(), packed.data_ptr(), sizes, levels, 0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(), relu, y.data_ptr(), torch.get_num_threads(),

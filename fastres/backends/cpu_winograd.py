@@ -86,12 +86,7 @@ def fprop(x: Tensor, packed: Tensor, K: int, padding: tuple[int, int], out: int,
     if min(shape[2:]) < 1:
         raise ValueError(f"fprop: x: got {H} x {W}, smaller than the kernel's reach")
     expected = cpu._require().winograd_packed_floats(sizes, out)
-    if packed.dtype != torch.float32 or packed.numel() != expected:
-        got = f"{packed.dtype} of {packed.numel()} elements"
-        raise ValueError(f"fprop: packed: got {got}, expected {expected} as pack() makes them under {cpu.isa()}")
-    y = cpu.empty(shape, x.dtype) if y is None else y
-    cpu_conv.check("fprop", str(shape), x.dtype, x=(x, tuple(x.shape)), residual=(residual, shape), y=(y, shape))
-    cpu_conv.check_bias(bias, K)
+    y = cpu_conv.target(x, packed, expected, f"under {cpu.isa()}", shape, bias, residual, y)
     cpu._require().winograd_fprop(
         DTYPE_CODE[x.dtype], x.data_ptr(), packed.data_ptr(), sizes, out, 0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(), relu, y.data_ptr(), torch.get_num_threads(),
