@@ -105,8 +105,8 @@ sanitize: $(DEPS)
 	    --deselect tests/test_batch_norm_one_pass.py::test_static_shared_memory_is_what_nvcc_counts  # reads docs/
 
 # The CPU kernels likewise, each instruction set; two threads, so that they share rows and panels.
-CPU_TESTS := tests/test_cpu_conv.py tests/test_cpu_grouped.py tests/test_cpu_winograd.py tests/test_cpu_strassen.py tests/test_cpu_matrix.py \
-    tests/test_cpu_pairs.py tests/test_defaults.py \
+CPU_TESTS := tests/test_cpu_conv.py tests/test_cpu_grouped.py tests/test_cpu_winograd.py tests/test_cpu_strassen.py \
+    tests/test_cpu_matrix.py tests/test_cpu_pairs.py tests/test_defaults.py \
     tests/test_add_relu.py tests/test_batch_norm_act.py tests/test_stem.py tests/test_conv_bn_act.py \
     tests/inference/test_random_blocks.py tests/inference/test_cpu_engine.py tests/inference/test_matrix.py
 sanitize-cpu: $(DEPS)

@@ -14,8 +14,8 @@ from fastres.inference.plan import Block, Conv, Linear, Shape
 from fastres.problem import problem_of
 
 #: Direct sums, by products of floats or of pairs of bfloat16, or pixels of Winograd's tile, a side, or the matrix unit:
-#: less than none, as many as its products of bfloat16 for one of the dtype; or Strassen's product,
-#: less than none, as many as it has products for a level.
+#: less than none, as many as its products of bfloat16 for one of the dtype; or Strassen's: less than none,
+#: as many as its products of parts; by them, its levels.
 DIRECT, PAIRS, MATRIX, STRASSEN = 0, -2, (-1, -3), {-7: 1, -49: 2}
 #: What `cpu_conv.pairs_unit` must find for pairs to be asked.
 PAIRED = {"full"}
