@@ -283,10 +283,7 @@ class Strassen {
         for (int m = 0; m < kProducts; ++m, w += s_.product, cold = false)
             for (i64 t = 0; t < tiles; ++t) {
                 const i64 i0 = n * t / tiles, i1 = n * (t + 1) / tiles;
-                // The next product's weights come while this one's are used, evenly.
-                const bool own = tiles == 1 || (cold && t == 0);
-                in.ahead = own ? w + kAhead : w + s_.product + s_.product * t / tiles / kLine * kLine;
-                in.lines = own ? kOwnLines : int(ceil_div(kOwnLines, tiles));
+                fetch_evenly(in, w, s_.product, t, tiles, cold);
                 coming.next(expected, steps);
                 const int part = m - (kProducts - kParts * kParts);
                 if (part >= 0) expect(expected, part, place[i0], i1 - i0, group, steps);

@@ -82,6 +82,14 @@ constexpr int kLine = 16;  // floats
 constexpr i64 kAhead = 96 * kPanel;
 constexpr int kOwnLines = kStep * kPanel / kLine;
 
+// For the tile of `pass` among `passes` over one slab of weights: the next slab's come while this one's are used,
+// evenly; its own where it is alone, or the first over weights that nobody has asked for.
+FR_INLINE void fetch_evenly(TileInput& in, const float* w, i64 slab, i64 pass, i64 passes, bool cold) {
+    const bool own = passes == 1 || (cold && pass == 0);
+    in.ahead = own ? w + kAhead : w + slab + slab * pass / passes / kLine * kLine;
+    in.lines = own ? kOwnLines : int(ceil_div(kOwnLines, passes));
+}
+
 // s [M0 + M1][2]: M0 pixels from a0 on, then M1 pixels from a1 on. kPitch: floats from one pixel to the next.
 template <class Of, int M0, int M1, int kPitch, int kUnroll, bool kExpects>
 FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1, const float* w, vf (&s)[M0 + M1][2]) {

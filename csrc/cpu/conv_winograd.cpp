@@ -183,10 +183,7 @@ class Winograd {
                 const int columns = s_.shared(j);
                 const i64 passes = groups * s_.shared(i) * columns;
                 for (i64 pass = 0; pass < passes; ++pass) {
-                    // The next element's weights come while this one's are used, evenly.
-                    const bool own = passes == 1 || (cold && pass == 0);
-                    in.ahead = own ? w + kAhead : w + slab + slab * pass / passes / kLine * kLine;
-                    in.lines = own ? kOwnLines : int(ceil_div(kOwnLines, passes));
+                    fetch_evenly(in, w, slab, pass, passes, cold);
                     const i64 part = pass / groups, g = pass % groups;
                     const i64 e = (i + part / columns) * A + j + part % columns;
                     const i64 t0 = count * g / groups, t1 = count * (g + 1) / groups;

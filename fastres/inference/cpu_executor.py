@@ -96,7 +96,7 @@ class CpuSegment:
 
     def __init__(self, segment: Segment, dtype: torch.dtype, precision: str):
         self.segment, self.dtype, self.precision = segment, dtype, precision
-        self.weights = [_packed(node) for node in segment.nodes]
+        self.weights = [_weights(node) for node in segment.nodes]
         self._programs: dict[tuple, Built] = {}
         #: (instruction set, threads, about how many elements of input) -> convolution -> its kernel.
         self._choices: dict[tuple, dict[Packed, Choice]] = {}
@@ -315,7 +315,7 @@ def _choice(out: int, error: float, of_whole: bool) -> Choice:
     return Choice(out, float(error), bool(of_whole))
 
 
-def _packed(node: Node) -> list[Packed]:
+def _weights(node: Node) -> list[Packed]:
     if isinstance(node, Linear):
         return [Packed(flat(node), pixels=False)]
     return [Packed(c, isinstance(node, Stem)) for c in node.convs()]

@@ -216,8 +216,10 @@ class Builder:
         weights = self._weights(packed.get(self.isa, choice.out), packed.bias)
         fields = sizes(self.shape, tuple(packed.weight.shape), packed.conv.geometry)
         Op = self.module.Op
-        named = {DIRECT: Op.direct, PAIRS: Op.pairs, **dict.fromkeys(STRASSEN, Op.strassen)}
-        op = named.get(choice.out, Op.winograd if choice.out > DIRECT else Op.matrix)
+        if choice.algorithm:
+            op = getattr(Op, choice.algorithm)
+        else:
+            op = {DIRECT: Op.direct, PAIRS: Op.pairs}.get(choice.out, Op.matrix)
         tile = STRASSEN.get(choice.out, choice.out)
         self._step(op, residual, target, fields, (0,) * 5, tile, weights, relu, packed)
         return choice
