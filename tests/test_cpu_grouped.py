@@ -10,7 +10,8 @@ pytestmark = pytest.mark.skipif(cpu._module is None, reason=f"fastres._cpu is no
 CL = torch.channels_last
 # N, C = K, groups, H, W, R, S, stride, padding, dilation. Groups of 1, 2, 4, 8 and 16 channels in a vector, of a panel
 # and of several; rows of one to several tiles and buffers; three taps at strides of 1 and 2, other taps and strides;
-# borders wider than the taps, taps that miss the image, rows that no tap reads.
+# borders wider than the taps, taps that miss the image, rows that no tap reads; tiles that read x where it lies, of one
+# row and two, that come out even and that do not.
 SHAPES = [
     (2, 128, 32, 9, 8, 3, 3, (1, 1), (1, 1), (1, 1)),
     (1, 64, 16, 5, 61, 3, 3, (1, 1), (1, 1), (1, 1)),
@@ -30,6 +31,11 @@ SHAPES = [
     (2, 64, 2, 6, 7, 1, 1, (1, 1), (0, 0), (1, 1)),
     (1, 256, 4, 7, 5, 3, 3, (1, 1), (1, 1), (1, 1)),
     (9, 64, 2, 3, 7, 3, 3, (2, 2), (1, 1), (1, 1)),
+    (2, 64, 16, 14, 14, 3, 3, (1, 1), (1, 1), (1, 1)),
+    (2, 64, 8, 15, 15, 3, 3, (2, 2), (1, 1), (1, 1)),
+    (1, 64, 4, 1, 4, 3, 3, (1, 1), (1, 1), (1, 1)),
+    (2, 32, 32, 6, 10, 3, 3, (1, 1), (0, 0), (1, 1)),
+    (1, 64, 32, 8, 16, 3, 3, (2, 2), (1, 1), (1, 1)),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -78,6 +84,13 @@ def test_integers_are_exact_with_every_epilogue(isa):
         y = residual.clone(memory_format=torch.preserve_format)
         cpu_conv.fprop(x, w, g, None, y, False, y, cpu_conv.pack(w, g[3]))  # the residual's place is y's
         assert torch.equal(y.double(), truth(x, w, g, None, residual)), shape
+
+
+def test_x_in_place_or_laid_out(isa):
+    """Two ways, the same sums: x is laid out where something is added to y."""
+    for shape in SHAPES:
+        x, w, g, bias, residual = operands(shape)
+        assert torch.equal(ours(x, w, g, bias), ours(x, w, g, bias, torch.zeros_like(residual))), shape
 
 
 def test_threads_do_not_matter(isa):

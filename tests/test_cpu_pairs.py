@@ -59,6 +59,15 @@ def truth(x, w, bias, residual, g, relu=False):
     return y.relu() if relu else y
 
 
+def test_x_in_place_or_laid_out(isa):
+    """Of groups, as in test_cpu_grouped."""
+    for case in cases():
+        if case[-1] == 1:
+            continue
+        x, w, bias, residual, g = operands(case)
+        assert torch.equal(ours(x, w, bias, None, g), ours(x, w, bias, torch.zeros_like(residual), g)), case
+
+
 def test_every_width_of_a_group_is_among_the_cases():
     widths = {case[1] // case[-1] for case in cases() if case[-1] > 1}
     assert widths >= {2, 4, 8, 16, 32, 64} if cpu.isa() == "avx512" else widths >= {2, 4, 8, 32, 64}

@@ -187,15 +187,7 @@ template <class T, class Of>
 void run(const ConvShape& g, const T* x, const float* w, const float* bias, const T* residual, bool relu, T* y,
          i64 threads) {
     const Layout<Of> l(g);
-    // Threads share the rows, or the vectors where those come out more evenly.
-    const i64 all_rows = g.N * g.P;
-    i64 parts = 1, least = 0;
-    for (i64 of = 1; of <= min_of(threads, l.vectors); ++of) {
-        if (threads % of) continue;
-        const i64 work = ceil_div(l.vectors, of) * ceil_div(all_rows, threads / of);
-        if (of == 1 || work * 33 < least * 32) least = work, parts = of;
-    }
-    const i64 shares = threads / parts;
+    const i64 all_rows = g.N * g.P, parts = vector_parts(threads, all_rows, l.vectors), shares = threads / parts;
     const i64 row_bytes = (g.W * g.stride_h + g.Q) * ceil_div(l.vectors, parts) * L * i64(sizeof(T));
     const i64 mine = ceil_div(all_rows, shares), band = max_of(1, min_of(mine, l2_bytes() / 4 / max_of(1, row_bytes)));
     const i64 even = ceil_div(mine, ceil_div(mine, band));
@@ -270,6 +262,8 @@ void grouped_pack(int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const C
 void grouped_fprop(int dtype, const void* x, const float* packed, int pairs, const ConvShape& g, const float* bias,
                    const void* residual, bool relu, void* y, i64 threads) {
     if (g.N * g.P * g.Q == 0) return;
+    if (grouped_in_place(dtype, g, pairs, residual != nullptr))
+        return grouped_in_place_fprop(x, packed, pairs, g, bias, relu, y, max_of(1, threads));
     const auto by = [&]<class T, class Of>(T, Of) {
         run<T, Of>(g, static_cast<const T*>(x), packed, bias, static_cast<const T*>(residual), relu, static_cast<T*>(y),
                    max_of(1, threads));

@@ -24,6 +24,17 @@ int channel_of(Operand kind, int c, int k) {
 // Of the pairs of bfloat16 of L channels, for output lane k in copy c; of L channels pair c, for all.
 int pair_of(i64 width, i64 c, i64 k) { return int(width == L ? c : k / width * (width / 2) + (k % (width / 2) ^ c)); }
 
+// Threads share rows, or vectors of outputs where those come out more evenly: into how many parts.
+inline i64 vector_parts(i64 threads, i64 rows, i64 vectors) {
+    i64 parts = 1, least = 0;
+    for (i64 of = 1; of <= min_of(threads, vectors); ++of) {
+        if (threads % of) continue;
+        const i64 work = ceil_div(vectors, of) * ceil_div(rows, threads / of);
+        if (of == 1 || work * 33 < least * 32) least = work, parts = of;
+    }
+    return parts;
+}
+
 template <int kOdd>
 FR_INLINE vf doubled(const float* p) {
 #if defined(__AVX512F__)
