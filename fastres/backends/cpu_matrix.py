@@ -36,10 +36,10 @@ def why_not(x: Tensor, w: Tensor, geometry: Geometry) -> list[str]:
 
 
 def wins(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
-    """Whether the kernels are faster than PyTorch's convolution, which they are where the unit is (docs/perf-log.md).
+    """Whether the kernels are faster than PyTorch's convolution, which they are where the unit is.
 
     Not measured in the process: what loads the machine meanwhile would decide, and PyTorch 2.14's bfloat16 convolutions
-    on the same unit are wrong for some small images (docs/perf-log.md)."""
+    on the same unit are wrong for some small images (docs/perf-log-amx.md)."""
     return unit() == "instructions" and not why_not(x, w, geometry) and min(w.shape[:2]) >= 32
 
 
