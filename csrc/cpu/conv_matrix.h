@@ -179,20 +179,7 @@ FR_INLINE void split(vf v, vf& hi, vf& lo) {
     lo = bit_cast<vf>(bit_cast<vi>(rest) & (rest == rest));
 }
 
-// Two vectors' worth of bfloat16 side by side: one instruction where there are tiles. It takes denormals for zero, as
-// the products would.
-typedef u16 vn __attribute__((vector_size(4 * L)));
-FR_INLINE vn narrow(vf a, vf b) {
-#if defined(__AVX512BF16__)
-    return (vn)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-#else
-    u16 both[2 * L];
-    store(reinterpret_cast<bf16*>(both), a);
-    store(reinterpret_cast<bf16*>(both + L), b);
-    return read<vn>(both);
-#endif
-}
-FR_INLINE void store_narrow(u16* to, vf a, vf b) { write(to, narrow(a, b)); }
+FR_INLINE void store_narrow(u16* to, vf a, vf b) { write(to, narrow_pairs(a, b)); }
 
 FR_INLINE void store_halves(u16* to, i64 low, vf a, vf b) {
     vf hi[2], lo[2];

@@ -26,18 +26,21 @@ i64 panel_floats(const ConvShape& g, i64 channels) { return g.R * row_steps(g, c
 template <class T, class Of>
 class StemWorker {
     static constexpr i64 kChannels = Of::kChannels;
+    static constexpr bool kPairs = kChannels == 2;
+    using Kept = std::conditional_t<kPairs, i16, float>;  // in the ring
 
   public:
     StemWorker(const ConvShape& g, const PoolShape& pool, const T* x, const float* w, const float* bias, T* y)
         : g_(g),
           x_(x),
           w_(w),
+          bias_(bias),
           panels_(ceil_div(g.K, kPanel)),
           width_(panels_ * kPanel),
           pooled_(g, pool, bias, y, width_, g.Q) {
         const i64 values = (max_of(g.W, (g.Q - 1) * kStepW + g.S - g.pad_w) + g.pad_w) * kColors + kChannels - 1;
         row_floats_ = max_of(1, ceil_div(values, kBlock * kChannels)) * kBlock;
-        slot_floats_ = (kHalves ? 2 : 1) * row_floats_;
+        slot_floats_ = (kPairs ? 2 : 1) * row_floats_;
     }
 
     // A padded input row for each slot, one of zeros, the taps and the ring.
@@ -49,9 +52,9 @@ class StemWorker {
         float* const end = rows + (kMostRows + 1) * slot_floats_;
         __builtin_memset(rows, 0, (kMostRows + 1) * slot_floats_ * sizeof(float));
         pooled_.run(
-            first, last, end + taps_floats(),
+            first, last, reinterpret_cast<Kept*>(end + taps_floats()),
             [&](i64 n, i64 h) { lay_out(x_ + (n * g_.H + h) * g_.W * kColors, rows + h % kMostRows * slot_floats_); },
-            [&](i64 top, float* out) { convolve(top, rows, zeros, reinterpret_cast<i64*>(end), out); });
+            [&](i64 top, Kept* out) { convolve(top, rows, zeros, reinterpret_cast<i64*>(end), out); });
     }
 
   private:
@@ -69,42 +72,50 @@ class StemWorker {
         if (i < n) store_part(to + i, load_part(from + i, int(n - i)), int(n - i));
     }
 
-    static constexpr bool kHalves = kChannels == 2;
-    static constexpr int kPitch = kStepW * kColors / int(kChannels), kUnroll = kHalves ? 1 : kColors;
+    static constexpr int kPitch = kStepW * kColors / int(kChannels), kUnroll = kPairs ? 1 : kColors;
     i64 steps() const { return row_steps(g_, kChannels); }
-    i64 taps_floats() const { return ceil_div(g_.R * (kHalves ? steps() : 1) * i64(sizeof(i64)), 64) * kBlock; }
+    i64 taps_floats() const { return ceil_div(g_.R * (kPairs ? steps() : 1) * i64(sizeof(i64)), 64) * kBlock; }
 
-    void convolve(i64 top, const float* rows, const float* zeros, i64* taps, float* out) const {
+    void convolve(i64 top, const float* rows, const float* zeros, i64* taps, Kept* out) const {
         int n = 0;
         for (i64 r = 0; r < g_.R; ++r) {
             const i64 h = top + r;
             const i64 row = (h >= 0 && h < g_.H ? rows + h % kMostRows * slot_floats_ : zeros) - rows;
-            if (!kHalves) {
+            if (!kPairs) {
                 taps[n++] = row;
                 continue;
             }
             for (i64 s = 0; s < steps(); ++s) taps[n++] = row + s;
             if (g_.S * kColors % 2) taps[n - 1] += row_floats_;
         }
-        const TileInput in{taps, n, 1, 0, int(kHalves ? 1 : steps())};
+        const TileInput in{taps, n, 1, 0, int(kPairs ? 1 : steps())};
         const i64 count = ceil_div(g_.Q, kPixels);
         for (i64 t = 0; t < count; ++t) {
             const i64 q0 = g_.Q * t / count, m = g_.Q * (t + 1) / count - q0;
             const float* a = rows + q0 * kPitch;
             for (i64 panel = 0; panel < panels_; ++panel) {
-                float* sums = out + q0 * width_ + panel * kPanel;
+                Kept* const to = out + q0 * width_ + panel * kPanel;
                 const float* w = w_ + panel * panel_floats(g_, kChannels);
-                TilesOf<Of>::template dense<kPitch, kUnroll>(m)(in, a, a, w, sums, width_);
+                if constexpr (kPairs) {
+                    const vf bias[] = {bias_of(panel * kPanel), bias_of(panel * kPanel + L)};
+                    TilesOf<Of>::template kept<kPitch, kUnroll>(m)(in, a, w, bias, reinterpret_cast<u16*>(to), width_);
+                } else {
+                    TilesOf<Of>::template dense<kPitch, kUnroll>(m)(in, a, a, w, to, width_);
+                }
             }
         }
     }
 
+    vf bias_of(i64 k) const {
+        return k + L <= g_.K ? load(bias_ + k) : k < g_.K ? load_part(bias_ + k, int(g_.K - k)) : vf{};
+    }
+
     const ConvShape& g_;
     const T* x_;
-    const float* w_;
+    const float *w_, *bias_;
     const i64 panels_, width_;
     i64 row_floats_, slot_floats_;
-    const PooledRows<T> pooled_;
+    const PooledRows<T, Kept> pooled_;
 };
 
 }  // namespace

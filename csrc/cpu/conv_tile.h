@@ -134,6 +134,18 @@ void tile(const TileInput& in, const float* a0, const float* a1, const float* w,
     }
 }
 
+// relu(sums + bias), rounded to bfloat16 and without a sign: as integers in the same order, a NaN the greatest.
+template <class Of, int M, int kPitch, int kUnroll>
+void tile_kept(const TileInput& in, const float* a, const float* w, const vf (&bias)[2], u16* to, i64 pitch) {
+    vf s[M][2];
+    accumulate<Of, M, 0, kPitch, kUnroll, false>(in, a, a, w, s);
+#pragma GCC unroll unrolled(14)
+    for (int i = 0; i < M; ++i) {
+        const vf low = at_least(s[i][0] + bias[0], vf{}), high = at_least(s[i][1] + bias[1], vf{});
+        write(to + i * pitch, narrow_pairs(low, high) & 0x7fff);
+    }
+}
+
 // Where a whole panel of outputs goes: rows of y and of the residual (or null) for the pixels of a0 and those of a1.
 template <class T>
 struct TileOutput {
@@ -182,6 +194,12 @@ struct Tiles {
     template <int kPitch, int kUnroll>
     static TileFunction dense(i64 m) {
         static constexpr TileFunction f[] = {tile<Of, M + 1, 0, kPitch, kUnroll>...};
+        return f[m - 1];
+    }
+    using Kept = void (*)(const TileInput&, const float*, const float*, const vf (&)[2], u16*, i64);
+    template <int kPitch, int kUnroll>
+    static Kept kept(i64 m) {
+        static constexpr Kept f[] = {tile_kept<Of, M + 1, kPitch, kUnroll>...};
         return f[m - 1];
     }
     template <class T>

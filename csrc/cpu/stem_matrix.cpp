@@ -115,7 +115,7 @@ class Worker {
                     write(to + v * L, bit_cast<vi>(a) & 0x7fffffff);
                     write(to + v * L + L, bit_cast<vi>(b) & 0x7fffffff);
                 } else {
-                    write(to + v * L, narrow(a, b) & 0x7fff);
+                    write(to + v * L, narrow_pairs(a, b) & 0x7fff);
                 }
             }
     }

@@ -39,6 +39,7 @@ typedef std::int32_t vi __attribute__((vector_size(L * 4)));
 typedef std::uint32_t vu __attribute__((vector_size(L * 4)));
 typedef std::int64_t vl __attribute__((vector_size(L * 8)));
 typedef std::uint16_t vh __attribute__((vector_size(L * 2)));
+typedef std::uint16_t vn __attribute__((vector_size(L * 4)));  // of two vectors
 typedef std::uint8_t vb __attribute__((vector_size(L)));
 
 struct bf16 {

@@ -64,16 +64,20 @@ FR_INLINE void store(double* p, vd v) { write(p, v); }
 FR_INLINE void store(bf16* p, vf v) { write(p, to_bf16(v)); }
 FR_INLINE void store(fp16* p, vf v) { write(p, to_fp16(v)); }
 
-// 2 * L values, where dot_pairs may be used: by the instruction beside it, which rounds alike and flushes denormals.
-FR_INLINE void store_pairs(bf16* p, vf low, vf high) {
+// 2 * L values, where dot_pairs may be used or tiles are: by the instruction beside them, which rounds alike and takes
+// denormals for zero, as the products do.
+FR_INLINE vn narrow_pairs(vf low, vf high) {
 #if defined(__AVX512F__)
-    vu both;
+    vn both;
     asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
-    write(p, both);
+    return both;
 #else
-    store(p, low), store(p + L, high);
+    bf16 both[2 * L];
+    store(both, low), store(both + L, high);
+    return read<vn>(both);
 #endif
 }
+FR_INLINE void store_pairs(bf16* p, vf low, vf high) { write(p, narrow_pairs(low, high)); }
 
 FR_INLINE void store_pairs(bf16* p, vf v) {
 #if defined(__AVX512F__)
