@@ -6,7 +6,7 @@
 // others of their group, x lies in a row buffer in width / 2 copies whose pairs are exchanged. Of pairs of bfloat16 a
 // copy is an operand: in each lane one of the width / 2 pairs of its group. The buffer holds the
 // rows that a row of y reads, of one vector, in L1. A sum is held in a register over all taps, an operand over the taps
-// of a row.
+// of a row. What conv_grouped_inplace.cpp serves needs no buffer.
 #include "cpu/conv_grouped.h"
 
 #include "cpu/conv_direct.h"
