@@ -170,7 +170,7 @@ class Worker {
                 if constexpr (kHalves<T>)
                     store_halves(pixel, low, first, second);
                 else
-                    store_narrow(pixel, first, second);
+                    write(pixel, narrow_pairs(first, second));
             }
         }
     }

@@ -4,9 +4,9 @@
 // Operand c of a pixel has in lane k the channel channel_of(c, k) of the lane's own group. With channels taken in
 // pairs, an operand is the even or the odd lanes of x, doubled, which a load does on its way; for the pairs to meet all
 // others of their group, x lies in a row buffer in width / 2 copies whose pairs are exchanged. Of pairs of bfloat16 a
-// copy is an operand: in each lane one of the width / 2 pairs of its group. The buffer holds the
-// rows that a row of y reads, of one vector, in L1. A sum is held in a register over all taps, an operand over the taps
-// of a row. What conv_grouped_inplace.cpp serves needs no buffer.
+// copy is an operand: in each lane one of the width / 2 pairs of its group. The buffer holds the rows that a row of y
+// reads, of one vector, in L1. A sum is held in a register over all taps, an operand over the taps of a row. What
+// conv_grouped_inplace.cpp serves needs no buffer.
 #include "cpu/conv_grouped.h"
 
 #include "cpu/conv_direct.h"

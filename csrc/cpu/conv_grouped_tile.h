@@ -1,4 +1,5 @@
-// The tile of conv_grouped.cpp: a few pixels of one vector of outputs, all sums in registers.
+// The tile of conv_grouped.cpp: a few pixels of one vector of outputs, all sums in registers. And what operands are,
+// for conv_grouped_inplace.cpp as well.
 #pragma once
 #include "cpu/conv_tile.h"
 

@@ -179,14 +179,12 @@ FR_INLINE void split(vf v, vf& hi, vf& lo) {
     lo = bit_cast<vf>(bit_cast<vi>(rest) & (rest == rest));
 }
 
-FR_INLINE void store_narrow(u16* to, vf a, vf b) { write(to, narrow_pairs(a, b)); }
-
 FR_INLINE void store_halves(u16* to, i64 low, vf a, vf b) {
     vf hi[2], lo[2];
     split(a, hi[0], lo[0]);
     split(b, hi[1], lo[1]);
-    store_narrow(to, hi[0], hi[1]);
-    store_narrow(to + low, lo[0], lo[1]);
+    write(to, narrow_pairs(hi[0], hi[1]));
+    write(to + low, narrow_pairs(lo[0], lo[1]));
 }
 
 // A weight, at the place of its hi in a step.
@@ -239,7 +237,7 @@ struct Finish {
                 if (kResidual) first += load(from + pixel + v * L), second += load(from + pixel + v * L + L);
                 first = at_least(first, least), second = at_least(second, least);
                 if constexpr (!kHalves<T>) {
-                    store_narrow(reinterpret_cast<u16*>(to + pixel + v * L), first, second);
+                    store_pairs(to + pixel + v * L, first, second);
                 } else {
                     store(to + pixel + v * L, first);
                     store(to + pixel + v * L + L, second);

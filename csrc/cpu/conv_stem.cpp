@@ -34,7 +34,6 @@ class StemWorker {
         : g_(g),
           x_(x),
           w_(w),
-          bias_(bias),
           panels_(ceil_div(g.K, kPanel)),
           width_(panels_ * kPanel),
           pooled_(g, pool, bias, y, width_, g.Q) {
@@ -97,7 +96,7 @@ class StemWorker {
                 Kept* const to = out + q0 * width_ + panel * kPanel;
                 const float* w = w_ + panel * panel_floats(g_, kChannels);
                 if constexpr (kPairs) {
-                    const vf bias[] = {bias_of(panel * kPanel), bias_of(panel * kPanel + L)};
+                    const vf bias[] = {pooled_.bias(panel * kPanel), pooled_.bias(panel * kPanel + L)};
                     TilesOf<Of>::template kept<kPitch, kUnroll>(m)(in, a, w, bias, reinterpret_cast<u16*>(to), width_);
                 } else {
                     TilesOf<Of>::template dense<kPitch, kUnroll>(m)(in, a, a, w, to, width_);
@@ -106,13 +105,9 @@ class StemWorker {
         }
     }
 
-    vf bias_of(i64 k) const {
-        return k + L <= g_.K ? load(bias_ + k) : k < g_.K ? load_part(bias_ + k, int(g_.K - k)) : vf{};
-    }
-
     const ConvShape& g_;
     const T* x_;
-    const float *w_, *bias_;
+    const float* w_;
     const i64 panels_, width_;
     i64 row_floats_, slot_floats_;
     const PooledRows<T, Kept> pooled_;

@@ -22,7 +22,6 @@ class Worker {
         : g_(g),
           x_(x),
           w_(w),
-          bias_(bias),
           panels_(ceil_div(g.K, kPair)),
           width_(panels_ * kPair),
           pixels_(ceil_div(g.Q, kSide) * kSide),
@@ -103,10 +102,7 @@ class Worker {
     __attribute__((noinline)) void keep(const float* block, i64 n, i64 panel, Kept* to) const {
         constexpr int kVectors = int(kPair) / L;
         vf bias[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-            const i64 k = panel * kPair + v * L;
-            bias[v] = k + L <= g_.K ? load(bias_ + k) : k < g_.K ? load_part(bias_ + k, int(g_.K - k)) : vf{};
-        }
+        for (int v = 0; v < kVectors; ++v) bias[v] = pooled_.bias(panel * kPair + v * L);
         for (i64 i = 0; i < n; ++i, block += kPair, to += width_)
             for (int v = 0; v < kVectors; v += 2) {
                 const vf a = at_least(load(block + v * L) + bias[v], vf{});
@@ -123,7 +119,6 @@ class Worker {
     const ConvShape& g_;
     const T* x_;
     const u16* w_;
-    const float* bias_;
     const i64 panels_, width_, pixels_;
     const PooledRows<T, Kept> pooled_;
     i64 row_, low_;

@@ -26,6 +26,10 @@ class PooledRows {
         : g_(g), pool_(pool), bias_(bias), y_(y), width_(width), row_(pixels * width) {
         while (slots_ < pool.kernel) slots_ *= 2;
     }
+    // Of the channels [k, k + L), zero from K on.
+    FR_INLINE vf bias(i64 k) const {
+        return k + L <= g_.K ? load(bias_ + k) : k < g_.K ? load_part(bias_ + k, int(g_.K - k)) : vf{};
+    }
     i64 ring_floats() const { return slots_ * row_ * i64(sizeof(E)) / i64(sizeof(float)); }
 
     // Pooled rows [first, last) of all images. bring(n, h): row h of image n is needed from now on, in slot h modulo
