@@ -6,6 +6,7 @@ in the epilogue, intermediates in one arena.
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import astuple
 from time import perf_counter
@@ -115,7 +116,7 @@ class CpuSegment:
                     if turns.nodes and (shape[0] <= turns.images or shape[0] % turns.images):
                         turns = ALL_AT_ONCE
                     found = self._build(shape, pick, turns)
-                    if gather(self._packed(), key[1]):
+                    if gather([q for p in self._packed() for q in p.everything()], key[1]):
                         found = self._build(shape, pick, turns)
                     while len(self._programs) >= _PROGRAMS:
                         self._programs.pop(next(iter(self._programs)))
@@ -143,7 +144,7 @@ class CpuSegment:
             if torch.Size(shape).numel():
                 self._turns[key] = self._best_turns(measured, self._choices[key].__getitem__)
             for p in kinds:
-                p.keep(isa, {chosen[p].out for (of, *_), chosen in self._choices.items() if of == isa})
+                p.keep(isa, {chosen[p].out for (of, *_), chosen in self._choices.items() if of == isa}, self.dtype)
         return self._choices[key]
 
     def _packed(self) -> list[Packed]:
@@ -175,7 +176,7 @@ class CpuSegment:
                         seconds[of] = min(time, seconds.get(of, time))
         found, least = {}, {}
         for conv, of_conv in kinds.items():
-            best = min(of_conv, key=lambda kind: seconds.get((conv, kind), 0.0))
+            best = min(of_conv, key=lambda kind: seconds.get((conv, kind), math.inf))
             found[conv] = Choice(best, conv.error(best) if Choice(best).algorithm else 0.0)
             least[conv] = seconds.get((conv, best), 0.0)
         for at, of_node in enumerate(self.weights):
@@ -298,6 +299,8 @@ class CpuSegment:
             algorithms = dict.fromkeys(c.algorithm for c in choices if c.algorithm)
             errors = {a: max(c.error for c in choices if c.algorithm == a) for a in algorithms}
             notes = [f"{a}'s error {error:.1e} a layer" for a, error in errors.items()]
+            fitted = built.fitted[at]
+            notes += [f"{fitted} x no taps on padding alone"] if fitted else []
             notes += [f"{built.turns.images} of the images at a time"] if at < built.turns.nodes else []
             if node.op == "stem":
                 kernel = f"{kernel} + pool in L1"
@@ -307,7 +310,7 @@ class CpuSegment:
         return found
 
     def memory(self, shape: Shape) -> int:
-        held = sum(p.bytes() for p in self._packed())
+        held = sum(q.bytes() for p in self._packed() for q in p.everything())
         return held + self._built(tuple(shape)).program.arena_bytes
 
 

@@ -9,7 +9,7 @@ import torch
 
 from fastres.backends import cpu
 from fastres.backends.trusted import DTYPE_CODE
-from fastres.inference.cpu_weights import DIRECT, PAIRS, STRASSEN, Choice, Packed, sizes
+from fastres.inference.cpu_weights import DIRECT, PAIRS, STRASSEN, Choice, Packed, fitted_kind, sizes
 from fastres.inference.plan import Block, ConvAct, GlobalAvgPool, Linear, Segment, Shape, Stem
 
 _LINE = 64
@@ -80,12 +80,14 @@ class Outputs:
 @dataclass(frozen=True)
 class Built:
     """A program for one input shape. ``nodes[i]``, ``convs[i]``: the node and the convolution that step i belongs to,
-    if it is one that knows several kernels; ``choices``: of each node's convolutions."""
+    if it is one that knows several kernels and runs the one that was asked for; ``choices``: of each node's
+    convolutions; ``fitted``: how many of those were fitted to the size of the image."""
 
     program: object
     nodes: tuple[int, ...]
     convs: tuple[Packed | None, ...]
     choices: tuple[tuple[Choice, ...], ...]
+    fitted: tuple[int, ...]
     outputs: Outputs
     held: tuple
     turns: Turns
@@ -102,18 +104,20 @@ class Builder:
         self.dtype, self.isa, self.pick = dtype, isa, pick
         self.module = cpu._require()
         self.arena, self.steps, self.nodes, self.convs, self.held = Arena(), [], [], [], []
+        self.fitted = 0
         self.shape, self.place, self.result = shape, self.module.PLACE_INPUT, self.module.PLACE_OUTPUT
 
     def build(self, segment: Segment, weights: list[list[Packed]], turns: Turns = ALL_AT_ONCE) -> Built:
         """``turns.images`` divide the input's."""
-        choices, in_turns = [], None
+        choices, fitted, in_turns = [], [], None
         last = len(segment.nodes) - 1
         images, times = self.shape[0], self.shape[0] // turns.images if turns.images else 1
         if turns.nodes:
             in_turns = self._begin_turns(segment.nodes[: turns.nodes], times, turns.nodes == len(segment.nodes))
         for at, (node, packed) in enumerate(zip(segment.nodes, weights, strict=True)):
-            before = len(self.steps)
+            before, self.fitted = len(self.steps), 0
             choices.append(self._node(node, packed, at in (last, turns.nodes - 1)))
+            fitted.append(self.fitted)
             self.nodes += [at] * (len(self.steps) - before)
             if at == turns.nodes - 1:
                 in_turns = (len(self.steps), times, *in_turns)
@@ -124,7 +128,7 @@ class Builder:
         if in_turns:
             program.take_turns(*in_turns)
         outputs, of_steps = Outputs(self.shape, self.dtype), (tuple(self.nodes), tuple(self.convs))
-        return Built(program, *of_steps, tuple(choices), outputs, tuple(self.held), turns)
+        return Built(program, *of_steps, tuple(choices), tuple(fitted), outputs, tuple(self.held), turns)
 
     def _begin_turns(self, nodes: tuple, times: int, last: bool) -> tuple[int, int, int]:
         """From here on for one turn's images; the bytes of its input, its result's place and bytes."""
@@ -212,16 +216,22 @@ class Builder:
         return choices
 
     def _conv(self, packed: Packed, residual: int, target: int, relu: bool) -> Choice:
-        choice = self.pick(packed)
-        weights = self._weights(packed.get(self.isa, choice.out), packed.bias)
-        fields = sizes(self.shape, tuple(packed.weight.shape), packed.conv.geometry)
+        asked = choice = self.pick(packed)
+        used, shape = packed.fitted(self.shape)
+        if used is not packed:
+            self.fitted += 1
+            kind = fitted_kind(asked.out, self.dtype)
+            choice = asked if kind == asked.out else Choice(kind)
+        weights = self._weights(used.get(self.isa, choice.out), used.bias)
+        fields = sizes(shape, tuple(used.weight.shape), used.conv.geometry)
         Op = self.module.Op
         if choice.algorithm:
             op = getattr(Op, choice.algorithm)
         else:
             op = {DIRECT: Op.direct, PAIRS: Op.pairs}.get(choice.out, Op.matrix)
         tile = STRASSEN.get(choice.out, choice.out)
-        self._step(op, residual, target, fields, (0,) * 5, tile, weights, relu, packed)
+        of = packed if choice == asked else None
+        self._step(op, residual, target, fields, (0,) * 5, tile, weights, relu, of)
         return choice
 
     def _step(self, op, residual: int, target: int, fields, pool, out: int, weights, relu: bool, conv=None) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastres.backends import cpu, cpu_conv, cpu_matrix, cpu_strassen, cpu_winograd
+from fastres.inference.fitting import Fit, fit
 from fastres.inference.plan import Block, Conv, Linear, Shape
 from fastres.problem import problem_of
 
@@ -62,6 +63,13 @@ def paired(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and cpu_conv.pairs_unit() in PAIRED
 
 
+def fitted_kind(kind: int, dtype: torch.dtype) -> int:
+    """The kernel of a convolution that was fitted to small images, where ``kind`` is that of the whole one."""
+    if kind in (DIRECT, PAIRS, *MATRIX):
+        return kind
+    return PAIRS if paired(dtype) else DIRECT
+
+
 def whole(node, dtype: torch.dtype, precision: str) -> tuple[int, ...]:
     """The matrix unit's kernel for a whole node, as `matrix`, where there is one and a choice is allowed."""
     if not isinstance(node, Block) or precision == "exact":
@@ -85,6 +93,21 @@ class Packed:
         self.bias = conv.bias.float().contiguous()
         self._held: dict[tuple[str, int], Tensor] = {}
         self._moved: set[tuple[str, int]] = set()
+        #: For images so small that not all taps meet them.
+        self._fitted: dict[Fit, Packed] = {}
+
+    def fitted(self, shape: Shape) -> tuple[Packed, Shape]:
+        """What computes the same of an input of ``shape`` with no more weights than that needs, and the shape that it
+        takes the input as; itself where it needs all."""
+        found = None if self.stem else fit(self.weight.shape, self.conv.geometry, shape[2:])
+        if found is None:
+            return self, shape
+        if found not in self._fitted:  # as in `get`
+            self._fitted[found] = Packed(found.conv(self.conv), pixels=False)
+        return self._fitted[found], found.shape(shape)
+
+    def everything(self) -> list[Packed]:
+        return [self, *self._fitted.values()]
 
     def get(self, isa: str, kind: int) -> Tensor:
         """For a kernel of `Choice.out`."""
@@ -107,8 +130,10 @@ class Packed:
             self._held[isa, kind] = found
         return found
 
-    def keep(self, isa: str, kinds: set[int]) -> None:
+    def keep(self, isa: str, kinds: set[int], dtype: torch.dtype) -> None:
         """Forget what was laid out for an instruction set and is not needed any more."""
+        for p in self._fitted.values():
+            p.keep(isa, {fitted_kind(kind, dtype) for kind in kinds}, dtype)
         for held, kind in list(self._held):
             if held == isa and kind not in kinds:
                 self._held.pop((held, kind), None)
