@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from fastres.backends import cpu, cpu_conv, cpu_winograd
 from fastres.inference import cpu_executor
 from fastres.inference.plan import Conv, GlobalAvgPool, Segment, Stem
+from fastres.ops.params import out_size
 
 pytestmark = pytest.mark.skipif(cpu._module is None, reason=f"fastres._cpu is not built: {cpu._missing}")
 CL = torch.channels_last
@@ -28,10 +29,20 @@ KINDS = [(out, stride) for stride, outs in cpu_winograd.OUTS.items() for out in 
 SPREAD = {(2, 1): 2, (3, 1): 3, (4, 1): 4, (5, 1): 8, (7, 1): 40, (2, 2): 2, (4, 2): 2}
 
 
-def operands(shape, dtype=torch.float32, integers=False, stride=1):
+# Dilation: residues of one tile, of several and of none, other ones in rows than in columns, pixels left over.
+DILATED = [
+    ((2, 17, 33, 9, 14, (2, 2)), (2, 2)),
+    ((1, 20, 40, 13, 11, (4, 3)), (4, 3)),
+    ((1, 16, 32, 5, 6, (7, 6)), (7, 6)),
+    ((3, 5, 7, 23, 9, (0, 1)), (3, 1)),
+    ((1, 33, 20, 31, 30, (2, 0)), (1, 2)),
+]
+
+
+def operands(shape, dtype=torch.float32, integers=False, stride=1, dilation=(1, 1)):
     N, C, K, H, W, padding = shape
     make = (lambda *s: 4.0 * torch.randint(-3, 4, s)) if integers else torch.randn
-    out = N, K, *((n + 2 * p - 3) // stride + 1 for n, p in zip((H, W), padding, strict=True))
+    out = N, K, *(out_size(n, 3, stride, p, d) for n, p, d in zip((H, W), padding, dilation, strict=True))
     x, residual = (make(*s).to(dtype).to(memory_format=CL) for s in ((N, C, H, W), out))
     return x, make(K, C, 3, 3), make(K), residual, padding
 
@@ -59,6 +70,29 @@ def test_values(isa, kind):
             limit = SPREAD[kind] * 4 * (9 * shape[1]) ** 0.5 * torch.finfo(torch.float32).eps
             error = (got.double() - expected).abs().max()
             assert error <= (limit + torch.finfo(dtype).eps / 2) * expected.abs().max(), f"{shape} {dtype}: {error}"
+
+
+@pytest.mark.parametrize("out", cpu_winograd.OUTS[1])
+def test_dilation(isa, out):
+    threads = torch.get_num_threads()
+    for shape, dilation in DILATED:
+        for dtype in DTYPES:
+            x, w, bias, residual, padding = operands(shape, dtype, dilation=dilation)
+            y = F.conv2d(x.double(), w.double(), bias.double(), 1, padding, dilation)
+            expected, packed = (y + residual.double()).relu(), cpu_winograd.pack(w, out)
+            limit = SPREAD[out, 1] * 4 * (9 * shape[1]) ** 0.5 * torch.finfo(torch.float32).eps
+            results = []
+            try:
+                for n in (1, 2, 3):
+                    torch.set_num_threads(n)
+                    place = residual.clone()
+                    cpu_winograd.fprop(x, packed, len(w), padding, out, bias, place, True, place, dilation=dilation)
+                    results.append(place)
+            finally:
+                torch.set_num_threads(threads)
+            error = (results[0].double() - expected).abs().max()
+            assert error <= (limit + torch.finfo(dtype).eps / 2) * expected.abs().max(), f"{shape} {dtype}: {error}"
+            assert all(torch.equal(results[0], r) for r in results[1:]), shape
 
 
 @pytest.mark.parametrize("stride", cpu_winograd.OUTS)
@@ -129,7 +163,8 @@ def test_what_cannot_be_served_says_why():
     assert cpu_winograd.why_not(x, w, ((2, 2), *usual[1:])) == []
     for stride in ((2, 1), (3, 3)):
         assert f"stride {stride}" in cpu_winograd.why_not(x, w, (stride, *usual[1:]))[0]
-    assert "dilation (2, 2)" in cpu_winograd.why_not(x, w, (*usual[:2], (2, 2), 1))[0]
+    assert cpu_winograd.why_not(x, w, (*usual[:2], (2, 3), 1)) == []
+    assert "dilation (2, 2)" in cpu_winograd.why_not(x, w, ((2, 2), (1, 1), (2, 2), 1))[0]
     assert "2 groups" in cpu_winograd.why_not(x, torch.empty(8, 4, 3, 3), (*usual[:3], 2))[0]
     for bad, what in (
         ((w, 6), "out: got 6"),
@@ -150,6 +185,8 @@ def test_what_cannot_be_served_says_why():
         cpu_winograd.fprop(dense[:, :, :1], packed, 8, (0, 0), 4)
     with pytest.raises(ValueError, match="bias: got"):
         cpu_winograd.fprop(dense, packed, 8, (1, 1), 4, torch.zeros(9))
+    with pytest.raises(ValueError, match=r"dilation: got \(2, 2\), expected \(1, 1\) with stride 2"):
+        cpu_winograd.fprop(dense, cpu_winograd.pack(w, 4, 2), 8, (1, 1), 4, stride=2, dilation=(2, 2))
 
 
 # K, R, stride of the rows, padding, pooling kernel, stride, padding, H, W

@@ -31,8 +31,8 @@ void conv_pack(int dtype, const void* w, i64 w_k, i64 w_c, i64 w_tap, const Conv
 // One of cpu_runtime::PairsUnit (pairs.h).
 i64 pairs_unit();
 
-// conv_fprop by Winograd's F(out x out, 3x3): 3x3 taps of dilation 1, out 2, 3, 4, 5 or 7 with stride 1, 2 or 4 with
-// stride 2. packed: what winograd_pack made of the float32 weights for this out and stride.
+// conv_fprop by Winograd's F(out x out, 3x3): 3x3 taps, out 2, 3, 4, 5 or 7 with stride 1, 2 or 4 with stride 2 and
+// dilation 1. packed: what winograd_pack made of the float32 weights for this out and stride.
 void winograd_fprop(int dtype, const void* x, const float* packed, const ConvShape& shape, i64 out,
                     const float* bias /*or null*/, const void* residual /*or null*/, int relu, void* y, i64 ctx);
 i64 winograd_packed_floats(const ConvShape& shape, i64 out);

@@ -1,6 +1,7 @@
 // 3x3 convolutions by Winograd's minimal filtering (Lavin and Gray, "Fast Algorithms for Convolutional Neural
 // Networks", 2016): F(2x2, 3x3), F(3x3, 3x3), F(4x4, 3x3), F(5x5, 3x3) and F(7x7, 3x3) take 2.25, 3.24, 4, 4.6 and 5.4
-// times fewer products, with stride 2 F(2x2, 3x3) and F(4x4, 3x3) 1.44 and 1.78 times.
+// times fewer products, with stride 2 F(2x2, 3x3) and F(4x4, 3x3) 1.44 and 1.78 times. With dilation d the pixels of
+// one residue modulo d, in rows and columns, are an image of their own.
 //
 // A worker takes as many output tiles as their transformed inputs fit L2, multiplies them, one transformed element
 // after the other, with a panel of 32 output channels, and transforms the sums back: only x, the weights and y pass
@@ -26,6 +27,24 @@ constexpr int in_line(int times) {
 // Channels of the transformed weights, filled up with zeros.
 i64 channels_of(i64 C) { return ceil_div(C, kStep) * kStep; }
 
+// Tiles over the rows of y, or the columns: each residue modulo the dilation has tiles of its own.
+struct Lines {
+    i64 step, longer, most, least;  // residues; those of one pixel more than the others; tiles of these, of the others
+    Lines(i64 size, i64 out, i64 dilation)
+        : step(dilation),
+          longer(size % dilation),
+          most(ceil_div(ceil_div(size, dilation), out)),
+          least(ceil_div(size / dilation, out)) {}
+    i64 tiles() const { return longer * most + (step - longer) * least; }
+    // The first pixel of a tile.
+    i64 start(i64 tile, i64 out) const {
+        if (step == 1) return tile * out;
+        if (tile < longer * most) return tile / most + tile % most * out * step;
+        tile -= longer * most;
+        return longer + tile / least + tile % least * out * step;
+    }
+};
+
 template <int kOut, int kStride>
 struct Sizes {
     static constexpr int A = Points<kOut, kStride>::kAll;
@@ -33,13 +52,17 @@ struct Sizes {
     // A filter's elements, a side. With stride 2 the last one serves kOut elements of the input.
     static constexpr int kFilter = kOut + 2;
     static constexpr int shared(int filter) { return A > kFilter && filter + 1 == kFilter ? kOut : 1; }
-    i64 blocks, channels, panels, tiles_h, tiles_w, tiles;
+    i64 blocks, channels, panels;
+    Lines rows, columns;
+    i64 tiles_h, tiles_w, tiles;
     explicit Sizes(const ConvShape& g)
         : blocks(ceil_div(g.C, kBlock)),
           channels(channels_of(g.C)),
           panels(ceil_div(g.K, kPanel)),
-          tiles_h(ceil_div(g.P, kOut)),
-          tiles_w(ceil_div(g.Q, kOut)),
+          rows(g.P, kOut, g.dilation_h),
+          columns(g.Q, kOut, g.dilation_w),
+          tiles_h(rows.tiles()),
+          tiles_w(columns.tiles()),
           tiles(g.N * tiles_h * tiles_w) {}
 };
 
@@ -125,7 +148,8 @@ class Winograd {
         i64 n, i, j;  // image; row and column of the first output
     };
     Place place(i64 tile) const {
-        return {tile / (s_.tiles_h * s_.tiles_w), tile / s_.tiles_w % s_.tiles_h * kOut, tile % s_.tiles_w * kOut};
+        return {tile / (s_.tiles_h * s_.tiles_w), s_.rows.start(tile / s_.tiles_w % s_.tiles_h, kOut),
+                s_.columns.start(tile % s_.tiles_w, kOut)};
     }
 
     void transform(i64 first, i64 count, float* v) const {
@@ -135,7 +159,7 @@ class Winograd {
             const T* pixels[A][A];
             for (int i = 0; i < A; ++i)
                 for (int j = 0; j < A; ++j) {
-                    const i64 h = h0 + i, w = w0 + j;
+                    const i64 h = h0 + i * g_.dilation_h, w = w0 + j * g_.dilation_w;
                     const bool inside = h >= 0 && h < g_.H && w >= 0 && w < g_.W;
                     pixels[i][j] = inside ? x_ + ((at.n * g_.H + h) * g_.W + w) * g_.C : nullptr;
                 }
@@ -197,7 +221,8 @@ class Winograd {
         const i64 k0 = panel * kPanel;
         for (i64 t = 0; t < count; ++t) {
             const Place at = place(first + t);
-            const int rows = int(min_of(kOut, g_.P - at.i)), columns = int(min_of(kOut, g_.Q - at.j));
+            const int rows = int(min_of(kOut, ceil_div(g_.P - at.i, g_.dilation_h))),
+                      columns = int(min_of(kOut, ceil_div(g_.Q - at.j, g_.dilation_w)));
             const i64 out = ((at.n * g_.P + at.i) * g_.Q + at.j) * g_.K;
             for (i64 k = k0; k < min_of(g_.K, k0 + kPanel); k += L) {
                 const float* m = sums + t * kPanel + k - k0;
@@ -230,7 +255,7 @@ class Winograd {
 #pragma GCC unroll in_line(7)
             for (int j = 0; j < kOut; ++j) {
                 if (j >= columns) break;
-                const i64 at = out + (i * g_.Q + j) * g_.K;
+                const i64 at = out + (i * g_.dilation_h * g_.Q + j * g_.dilation_w) * g_.K;
                 vf value = r[j] + bias;
                 if (residual_) value += span.load(residual_ + at);
                 if (relu_) value = at_least(value, vf{});
@@ -252,9 +277,11 @@ class Winograd {
 // f(out, stride) as constants.
 template <class F>
 void with_points(const ConvShape& g, i64 out, F f) {
-    const bool usual = g.R == 3 && g.S == 3 && g.stride_h == g.stride_w && g.dilation_h == 1 && g.dilation_w == 1;
+    const bool usual = g.R == 3 && g.S == 3 && g.stride_h == g.stride_w && g.dilation_h > 0 && g.dilation_w > 0;
     if (!usual || g.stride_h < 1 || g.stride_h > 2)
-        throw std::invalid_argument("winograd: expected 3x3 taps of stride 1 or 2 and dilation 1");
+        throw std::invalid_argument("winograd: expected 3x3 taps of stride 1 or 2");
+    if (g.stride_h == 2 && (g.dilation_h > 1 || g.dilation_w > 1))
+        throw std::invalid_argument("winograd: expected dilation 1 with stride 2");
     const bool strided = g.stride_h == 2;
     if (out == 2 && !strided) return f(Constant<2>(), Constant<1>());
     if (out == 3 && !strided) return f(Constant<3>(), Constant<1>());

@@ -176,12 +176,14 @@ class Packed:
         x = cpu.random((1, self.conv.inputs, 16, 16))
         x = x.relu_().contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(False), torch.no_grad():
-            truth = torch.nn.functional.conv2d(x.double(), self.weight.double(), None, *self.conv.geometry)
-            packed, K, stride = self.get(cpu.isa(), out), len(self.bias), self.conv.stride
+            # Padding and dilation are other pixels, not other sums.
+            stride, padding = self.conv.stride, tuple(n // 2 for n in self.weight.shape[2:])
+            truth = torch.nn.functional.conv2d(x.double(), self.weight.double(), None, stride, padding)
+            packed, K = self.get(cpu.isa(), out), len(self.bias)
             if out in STRASSEN:
                 found = cpu_strassen.fprop(x, packed, K, stride=stride, levels=STRASSEN[out])
             else:
-                found = cpu_winograd.fprop(x, packed, K, self.conv.padding, out, stride=stride[0])
+                found = cpu_winograd.fprop(x, packed, K, padding, out, stride=stride[0])
             return float((found.double() - truth).norm() / truth.norm().clamp(min=1e-300))
 
 
