@@ -1,7 +1,8 @@
 """Modules whose forward is a known chain, taken apart into atoms, and atoms put together into nodes.
 
 What counts as known comes from :mod:`fastres.fusion`: a client library added there is known here as well. Everything
-is read from modules in evaluation mode. A module that differs in any way (hooks, subclasses, other norms) is no chain.
+is read from modules in evaluation mode. A module that differs in any way (hooks, a forward of its own, other norms) is
+no chain.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from fastres.ops.params import DTYPES, ConvBN
 #: Fused by birth: their own class says how they are built.
 BORN = (fast.BasicBlock, fast.Bottleneck, fast.ConvBNAct2d, fast.Stem, models.ResNet)
 _DROPS_OUT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+#: What decides how an ``nn.Sequential`` runs.
+_CALLS = ("forward", "__iter__", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")
 _STEM = ("conv1", "bn1", "relu", "maxpool")
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -58,15 +61,24 @@ def _structure(module: nn.Module, kind: type[Fused]) -> list[str]:
     return reasons + kind._fastres_structure(module)
 
 
+def in_order(module: nn.Module) -> bool:
+    """Whether ``module`` calls its children one after the other and nothing else: an ``nn.Sequential``, or one of a
+    class that only says what is in it (torchvision's heads)."""
+    kind, reasons = type(module), []
+    if not isinstance(module, nn.Sequential):
+        return False
+    if kind is not fast.FusedStage and any(getattr(kind, n) is not getattr(nn.Sequential, n) for n in _CALLS):
+        return False
+    fitness.check_untouched("Sequential", module, reasons)
+    return not reasons
+
+
 def expand(path: str, module: nn.Module) -> list[Atom]:
     """``module`` as the atoms it calls one after the other; itself where it is not known to be a chain."""
     kind = fused_class(module)
-    if type(module) in (nn.Sequential, fast.FusedStage):
-        reasons: list[str] = []
-        fitness.check_untouched("Sequential", module, reasons)
-        if not reasons:
-            return [a for name, child in module._modules.items() for a in expand(_join(path, name), child)]
-    elif kind is not None and issubclass(kind, FusedConvBNAct):
+    if in_order(module):
+        return [a for name, child in module._modules.items() for a in expand(_join(path, name), child)]
+    if kind is not None and issubclass(kind, FusedConvBNAct):
         if not _structure(module, kind):
             names = [n for n in kind._fastres_names if n is not None]
             atoms = [Atom(_join(path, n), module._modules[n]) for n in names]

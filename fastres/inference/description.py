@@ -55,7 +55,8 @@ def _slots(path: str, module: nn.Module, dtype: torch.dtype) -> list[Slot]:
 
 
 def _whole(path: str, module: nn.Module, dtype: torch.dtype) -> Slot | None:
-    """``module`` as one slot if it is a container, or a block, whose chain is known without a gap."""
+    """``module`` as one slot if it is a block, or a container that calls its children in order and some of which are
+    known."""
     if isinstance(module, nn.Conv2d | nn.Linear) or not next(module.children(), None):
         return None  # a lone layer gains nothing, and its owner may use its weight in other ways
     untouched: list[str] = []
@@ -63,7 +64,10 @@ def _whole(path: str, module: nn.Module, dtype: torch.dtype) -> Slot | None:
     if untouched:
         return None
     plan = _chain(adapters.expand(path, module), dtype)
-    if list(plan.foreign()) or not any(isinstance(n, Stem | ConvAct | Block) for n in plan.nodes()):
+    if list(plan.foreign()) and not adapters.in_order(module):
+        return None
+    own = [n for part in plan.parts if isinstance(part, Segment) for n in part.nodes]
+    if not any(isinstance(n, Stem | ConvAct | Block) for n in own):
         return None
     return Slot(path, (plan,), (None,))
 

@@ -100,6 +100,88 @@ def test_a_wrapper_of_known_parts():
     assert "did not run on this input" in text
 
 
+class Head(nn.Sequential):
+    """As torchvision's heads: a class of its own, which only says what is in it."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(*conv(inputs, 8, padding=1), nn.Dropout(0.1), nn.Conv2d(8, outputs, 1))
+
+
+class Twofold(Head):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Backwards(nn.Sequential):
+    def __iter__(self):
+        return reversed(self._modules.values())
+
+
+class Called(Head):
+    def __call__(self, x):
+        return super().__call__(x + 1)
+
+
+class Looked(Head):
+    def __getattr__(self, name):
+        return super().__getattr__(name)
+
+
+OF_THEIR_OWN = {
+    "forward": lambda: Twofold(3, 3),
+    "order": lambda: Backwards(nn.Conv2d(4, 3, 1), nn.Conv2d(3, 4, 3, padding=1)),
+    "call": lambda: Called(3, 3),
+    "attributes": lambda: Looked(3, 3),
+}
+
+
+def test_a_container_of_another_name_is_a_chain():
+    model, x = seeded(lambda: nn.Sequential(*conv(3, 4), Head(4, 3))), pixels()
+    session = fastres.optimize(model, x)
+    assert parts(session) == ["conv+conv+conv"]
+    assert distance(session(x), truth(model, x)) <= 2e-6
+
+
+@pytest.mark.parametrize("what", OF_THEIR_OWN)
+def test_a_container_that_runs_in_a_way_of_its_own_is_none(what):
+    model, x = seeded(lambda: nn.Sequential(*conv(3, 3), OF_THEIR_OWN[what]())), pixels()
+    session = fastres.optimize(model, x)
+    assert parts(session) == ["conv", "3"]
+    assert distance(session(x), truth(model, x)) <= 2e-6
+
+
+def test_known_parts_of_a_chain_inside_a_foreign_module():
+    """The chain is served as a whole, around what nobody knows, and inside that again."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Sequential(*conv(4, 3, 1)), Head(4, 3)
+
+        def forward(self, x):
+            return torch.cat([self.left(x), self.right(x)], 1)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(*conv(3, 4), Branches(), *conv(6, 5))
+            self.plain = nn.Sequential(Scale(5), nn.Tanh())
+
+        def forward(self, x):
+            return self.plain(self.body(x)).sigmoid()
+
+    model, x = seeded(Model), pixels()
+    session = fastres.optimize(model, x)
+    (slot,) = session.plan.parts[0].slots
+    assert slot.path == "body" and [type(p).__name__ for p in slot.parts[0].parts] == ["Segment", "Foreign", "Segment"]
+    assert [inner.path for inner in slot.parts[0].parts[1].slots] == ["body.3.left", "body.3.right"]
+    assert distance(session(x), truth(model, x)) <= 2e-6
+    report = session.report(measure=False)
+    names = [row.name for row in report.rows]
+    assert {"body.0", "body.3", "body.4", "body.3.left.0", "body.3.right.0", "body.3.right.4"} <= set(names)
+    assert "left its last call" not in str(report) and "did not run" not in str(report)
+
+
 def test_known_modules_called_in_unknown_ways_run_as_they_are():
     class Twice(nn.Module):
         def __init__(self):
@@ -185,8 +267,11 @@ def test_a_segmenter_of_torchvisions():
     model = seeded(segmentation.deeplabv3_resnet50, weights=None, weights_backbone=None, aux_loss=True, num_classes=4)
     x = pixels(1, 33, 49)
     session = fastres.optimize(model, x)
-    (slot,) = [s for s in session.plan.parts[0].slots if s.path == "backbone"]
-    assert slot.taps == ("aux", "out")
+    slots = {s.path: s for s in session.plan.parts[0].slots}
+    assert list(slots) == ["backbone", "classifier", "aux_classifier"]
+    assert slots["backbone"].taps == ("aux", "out")
+    aspp = slots["classifier"].parts[0].parts[0]
+    assert [s.path for s in aspp.slots] == [*(f"classifier.0.convs.{i}" for i in range(4)), "classifier.0.project"]
     got, expected = session(x), truth(model, x)
     assert list(got) == list(expected) == ["out", "aux"]
     assert all(distance(got[k], expected[k]) <= 1e-5 for k in got)
