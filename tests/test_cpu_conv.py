@@ -15,7 +15,7 @@ from fastres.problem import problem_of
 pytestmark = pytest.mark.skipif(cpu._module is None, reason=f"fastres._cpu is not built: {cpu._missing}")
 CL = torch.channels_last
 # N, C, K, H, W, R, S, stride, padding, dilation: tails of every panel and tile, rows of 1 to 15 pixels, pairs of rows,
-# empty borders, taps that miss the image, residues of a stride that no tap reaches.
+# empty borders, taps that miss the image, residues of a stride that no tap reaches, taps that reach over much of it.
 SHAPES = [
     (2, 16, 6, 9, 11, 3, 3, (1, 1), (1, 1), (1, 1)),
     (1, 5, 7, 8, 8, 3, 3, (2, 2), (1, 1), (1, 1)),
@@ -30,6 +30,10 @@ SHAPES = [
     (2, 8, 9, 6, 6, 2, 2, (3, 3), (0, 0), (1, 1)),
     (1, 24, 40, 5, 7, 1, 1, (1, 1), (1, 2), (1, 1)),
     (5, 40, 300, 3, 2, 3, 3, (1, 1), (1, 1), (1, 1)),
+    (2, 20, 37, 33, 31, 3, 3, (1, 1), (12, 24), (12, 24)),
+    (2, 1100, 33, 9, 32, 3, 3, (1, 1), (6, 24), (6, 24)),
+    (3, 40, 70, 5, 4, 3, 3, (1, 1), (4, 3), (4, 3)),
+    (1, 300, 40, 21, 17, 3, 2, (2, 1), (7, 0), (7, 9)),
 ]
 KINDS = ("fprop", "dgrad", "wgrad")
 ISAS = cpu.available_isas() if cpu._module is not None else []

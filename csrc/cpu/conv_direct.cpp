@@ -3,7 +3,7 @@
 #include "cpu/conv_direct.h"
 
 #include "cpu/conv.h"
-#include "cpu/conv_tile.h"
+#include "cpu/conv_direct_layout.h"
 
 namespace FASTRES_BACKEND {
 namespace {
@@ -11,12 +11,6 @@ namespace {
 // Panels that a tile of pixels passes over in a row, and the part of L2 their weights may take: few, or there is no
 // time to fetch the next ones in.
 constexpr i64 kGroup = 8, kGroupShare = 24;
-
-struct Layout : WeightsLayout {
-    i64 row0, col0;           // the least tap offsets
-    i64 rows_of_taps, plane;  // rows a point reaches over; columns of one residue modulo step_w
-    i64 row_floats;
-};
 
 // One pixel: its channels [c0, c0 + kBlock) of each block, the last one filled up with zeros.
 template <class Of, class T>
@@ -41,12 +35,6 @@ FR_INLINE void pack_pixel(const T* x, i64 C, float* to, i64 block) {
     }
 }
 
-struct Row {
-    const float* in;
-    i64 out;  // elements from y
-    i64 width;
-};
-
 template <class T, class Of>
 class Worker {
     using AllTiles = TilesOf<Of>;
@@ -68,38 +56,59 @@ class Worker {
 
   private:
     void fill(i64 first, i64 last) {
-        block_ = 0;
-        // The same rows are laid out for all blocks; their number gives the distance of two blocks.
+        const i64 slot = l_.apart ? fill_apart(first, last) : fill_together(first, last);
+        for (int t = 0; t < p_.n_taps; ++t) {
+            const i64 c = p_.dc[t] - l_.col0, row = l_.apart ? l_.slot(p_.dr[t]) * slot : p_.dr[t] - l_.row0;
+            taps_[t] = row * l_.row_floats + (c % p_.step_w * l_.plane + c / p_.step_w) * kBlock;
+        }
+    }
+
+    // For each row of the grid the rows of x that it reads, those of one offset together; the rows of one offset.
+    i64 fill_apart(i64 first, i64 last) {
+        const i64 slot = last - first, offsets = i64(l_.offsets.size());
+        set_block(slot * offsets);
+        for (i64 r = first; r < last; ++r) {
+            float* const to = strip_ + (r - first) * l_.row_floats;
+            rows_[r - first] = row(r, to);
+            for (i64 k = 0; k < offsets; ++k)
+                fill_row(r / p_.I, rows_[r - first].top + l_.offsets[k], to + k * slot * l_.row_floats);
+        }
+        return slot;
+    }
+
+    i64 fill_together(i64 first, i64 last) {
+        i64 all = 0;
+        // The same rows are laid out for all blocks.
         for (i64 r = first, n; r < last; r += n) {
             n = min_of(last - r, p_.I - r % p_.I);
-            block_ += (n - 1) * p_.step_h + l_.rows_of_taps;
+            all += (n - 1) * p_.step_h + l_.rows_of_taps;
         }
-        // An odd number of lines: the blocks of a pixel would share few cache sets otherwise.
-        block_ = (block_ * l_.row_floats / kBlock | 1) * kBlock;
+        set_block(all);
         float* to = strip_;
         for (i64 r = first, n; r < last; r += n) {
-            const i64 image = r / p_.I, i0 = r % p_.I;
+            const i64 i0 = r % p_.I;
             n = min_of(last - r, p_.I - i0);
             const i64 height = (n - 1) * p_.step_h + l_.rows_of_taps;
             for (i64 h = 0; h < height; ++h)
-                if (row_used(h)) fill_row(image, i0 * p_.step_h + l_.row0 + h, to + h * l_.row_floats);
-            for (i64 i = 0; i < n; ++i) {
-                const i64 left = p_.points ? p_.points - (i0 + i) * p_.J : p_.J;
-                rows_[r - first + i] = {to + i * p_.step_h * l_.row_floats, image * p_.y_n + (i0 + i) * p_.y_i,
-                                        min_of(p_.J, left)};
-            }
+                if (row_used(h)) fill_row(r / p_.I, i0 * p_.step_h + l_.row0 + h, to + h * l_.row_floats);
+            for (i64 i = 0; i < n; ++i) rows_[r - first + i] = row(r + i, to + i * p_.step_h * l_.row_floats);
             to += height * l_.row_floats;
         }
-        for (int t = 0; t < p_.n_taps; ++t) {
-            const i64 c = p_.dc[t] - l_.col0;
-            taps_[t] = (p_.dr[t] - l_.row0) * l_.row_floats + (c % p_.step_w * l_.plane + c / p_.step_w) * kBlock;
-        }
+        return 1;
+    }
+
+    // The distance of two blocks: an odd number of lines, or the blocks of a pixel would share few cache sets.
+    void set_block(i64 rows) { block_ = (rows * l_.row_floats / kBlock | 1) * kBlock; }
+
+    Row row(i64 r, const float* in) const {
+        const i64 i = r % p_.I, left = p_.points ? p_.points - i * p_.J : p_.J;
+        return {in, r / p_.I * p_.y_n + i * p_.y_i, min_of(p_.J, left), i * p_.step_h};
     }
 
     // The part of x that the next strip reads: fetched while this one is worked on, a little with every tile.
     void expect(i64 first, i64 last) {
         next_ = end_ = nullptr;
-        if (first >= last) return;
+        if (first >= last || l_.apart) return;
         const i64 W = p_.W * p_.C, all = p_.N * p_.H;
         const i64 h0 = first / p_.I * p_.H + max_of(0, first % p_.I * p_.step_h + l_.row0);
         const i64 h1 =
@@ -142,11 +151,13 @@ class Worker {
 
     void compute(i64 n_rows, i64 panel0, i64 panel1) {
         TileInput in{taps_, p_.n_taps, l_.in_blocks, block_, l_.last_width};
+        in.all_taps = p_.n_taps;
         const i64 panel_bytes = l_.panel_floats * i64(sizeof(float));
         const i64 fit = max_of(1, l2_bytes() / kGroupShare / panel_bytes), step = min_of(kGroup, fit);
         const bool pairs = p_.J <= kWide && !p_.points;
-        const i64 passes = pairs ? ceil_div(n_rows, 2) : n_rows * ceil_div(p_.J, kPixels);
-        const i64 tiles = ceil_div(panel1 - panel0, step) * n_rows * ceil_div(p_.J, kPixels);
+        const i64 in_row = i64(l_.cuts.size()) - 1;
+        const i64 passes = pairs ? ceil_div(n_rows, 2) : n_rows * in_row;
+        const i64 tiles = ceil_div(panel1 - panel0, step) * n_rows * in_row;
         chunk_ = next_ ? ceil_div(end_ - next_, Expected::kBytes * max_of(1, tiles)) * Expected::kBytes : 0;
         const bool resident = (panel1 - panel0) * panel_bytes <= l2_bytes() / 3;
         for (i64 g0 = panel0, g1; g0 < panel1; g0 = g1) {
@@ -161,11 +172,9 @@ class Worker {
                 }
                 continue;
             }
-            for (i64 r = 0; r < n_rows; ++r) {
-                const i64 J = rows_[r].width, count = ceil_div(J, kPixels);
-                for (i64 t = 0; t < count; ++t)
-                    group(in, rows_[r], nullptr, J * t / count, J * (t + 1) / count, g0, g1);
-            }
+            for (i64 r = 0; r < n_rows; ++r)
+                for (i64 t = 0; t < in_row; ++t)
+                    group(in, rows_[r], nullptr, l_.cuts[t], min_of(l_.cuts[t + 1], rows_[r].width), g0, g1);
         }
     }
 
@@ -192,6 +201,8 @@ class Worker {
 
     void group(TileInput& in, const Row& r, const Row* second, i64 j0, i64 j1, i64 g0, i64 g1) {
         const i64 m = j1 - j0;
+        in.n_taps = needed(p_, l_, r, second, j0, j1, order_);
+        in.order = in.n_taps < p_.n_taps ? order_ : nullptr;
         const i64 steps = l_.panel_floats / (kStep * kPanel);
         const char* const next = end_ - next_ < chunk_ ? end_ : next_ + chunk_;
         expected_.next = next_, expected_.end = next_ = next;
@@ -264,6 +275,7 @@ class Worker {
     float* const strip_;
     Row* const rows_;
     i64* const taps_;
+    int order_[kMaxTaps];
     i64 block_ = 0, chunk_ = 0, cold_ = 0;
     bool warm_ = false;
     const float *ahead_ = nullptr, *ahead_end_ = nullptr;
@@ -286,17 +298,7 @@ void fill_zero(const Direct& p, i64 threads) {
 template <class T, class Of>
 void run(int dtype, const Direct& p, i64 threads) {
     if (p.n_taps == 0) return fill_zero<T>(p, threads);
-    Layout l{};
-    static_cast<WeightsLayout&>(l) = weights_layout(p);
-    i64 row1 = l.row0 = p.dr[0], col1 = l.col0 = p.dc[0];
-    for (int t = 1; t < p.n_taps; ++t) {
-        l.row0 = min_of(l.row0, p.dr[t]), row1 = max_of(row1, p.dr[t]);
-        l.col0 = min_of(l.col0, p.dc[t]), col1 = max_of(col1, p.dc[t]);
-    }
-    l.rows_of_taps = row1 - l.row0 + 1;
-    l.plane = ceil_div((p.J - 1) * p.step_w + col1 - l.col0 + 1, p.step_w);
-    l.row_floats = l.plane * p.step_w * kBlock;
-
+    Layout l = layout_of(p);
     const Scratch weights(p.packed ? 0 : l.panels * l.panel_floats * sizeof(float));
     const float* w = p.packed;
     if (!w) {
@@ -318,31 +320,19 @@ void run(int dtype, const Direct& p, i64 threads) {
         if (least < 0 || cost < least) least = cost, row_parts = rows, panel_parts = parts;
     }
 
-    const i64 row_bytes = l.row_floats * l.blocks * i64(sizeof(float));
-    const i64 budget = l2_bytes() / 4, mine = ceil_div(all_rows, row_parts);
-    // Rows of the grid in a strip: what the budget holds, borders of images counted as if each had its own.
-    const i64 reach = max_of(0, l.rows_of_taps - p.step_h);
-    i64 strip = max_of(1, budget / max_of(1, row_bytes * p.step_h));
-    if (strip < p.I)
-        strip = max_of(1, strip - ceil_div(reach, p.step_h));
-    else
-        strip = max_of(p.I, strip * p.I / (p.I + ceil_div(reach, p.step_h)));
-    strip = min_of(strip, mine);
-    strip = ceil_div(mine, ceil_div(mine, strip));
-    const i64 images = strip / p.I + 2;
-    const i64 strip_rows = strip * p.step_h + images * l.rows_of_taps;
+    choose_strip(p, ceil_div(all_rows, row_parts), l);
     const i64 strip_floats =
-        scratch_pitch((strip_rows * l.row_floats + kBlock) * l.blocks * i64(sizeof(float))) / i64(sizeof(float));
-    const Scratch strips(threads * strip_floats * sizeof(float)), rows(threads * strip * sizeof(Row));
+        scratch_pitch((strip_rows(p, l) * l.row_floats + kBlock) * l.blocks * i64(sizeof(float))) / i64(sizeof(float));
+    const Scratch strips(threads * strip_floats * sizeof(float)), rows(threads * l.strip * sizeof(Row));
 
     parallel(threads, row_parts * panel_parts, [&](i64 first, i64 last, int) {
         for (i64 task = first; task < last; ++task) {
             i64 taps[kMaxTaps];
             const i64 r = task / panel_parts, g = task % panel_parts;
             Worker<T, Of> worker(p, l, w, static_cast<float*>(strips.get()) + task * strip_floats,
-                                 static_cast<Row*>(rows.get()) + task * strip, taps);
+                                 static_cast<Row*>(rows.get()) + task * l.strip, taps);
             worker.run(all_rows * r / row_parts, all_rows * (r + 1) / row_parts, l.panels * g / panel_parts,
-                       l.panels * (g + 1) / panel_parts, strip);
+                       l.panels * (g + 1) / panel_parts, l.strip);
         }
     });
 }

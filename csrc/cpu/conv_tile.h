@@ -69,6 +69,9 @@ struct TileInput {
     int n_taps;
     i64 blocks, block_size;  // channel blocks and the floats between two of them
     int last_width;          // channels in the last block, a multiple of kStep
+    // Where not all taps of the weights are wanted: n_taps numbers of those that are, and how many there are in all.
+    const int* order = nullptr;
+    int all_taps = 0;
     // What to fetch from far meanwhile, and how many lines of it with every kStep channels.
     const float* ahead = nullptr;
     int lines = 0;
@@ -100,7 +103,10 @@ FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1,
     const i64 further = in.lines * kLine;
     for (i64 b = 0; b < in.blocks; ++b, a0 += in.block_size, a1 += in.block_size) {
         const int width = b + 1 < in.blocks ? kBlock : in.last_width;
-        for (int t = 0; t < in.n_taps; ++t) {
+        const float* const block = w;
+        for (int n = 0; n < in.n_taps; ++n) {
+            const int t = in.order ? in.order[n] : n;
+            if (in.order) w = block + t * width * kPanel;
             const float *p0 = a0 + in.taps[t], *p1 = a1 + in.taps[t];
             for (int c = 0; c < width;
                  c += kUnroll, p0 += kUnroll, p1 += kUnroll, w += kUnroll * kPanel, ahead += further) {
@@ -119,6 +125,7 @@ FR_INLINE void accumulate(const TileInput& in, const float* a0, const float* a1,
                 }
             }
         }
+        if (in.order) w = block + in.all_taps * width * kPanel;
     }
 }
 
