@@ -56,18 +56,20 @@ def _slots(path: str, module: nn.Module, dtype: torch.dtype) -> list[Slot]:
 
 def _whole(path: str, module: nn.Module, dtype: torch.dtype) -> Slot | None:
     """``module`` as one slot if it is a block, or a container that calls its children in order and some of which are
-    known."""
+    known and merge."""
     if isinstance(module, nn.Conv2d | nn.Linear) or not next(module.children(), None):
         return None  # a lone layer gains nothing, and its owner may use its weight in other ways
     untouched: list[str] = []
     fitness.check_untouched("", module, untouched)
     if untouched:
         return None
-    plan = _chain(adapters.expand(path, module), dtype)
-    if list(plan.foreign()) and not adapters.in_order(module):
-        return None
+    atoms = adapters.expand(path, module)
+    plan = _chain(atoms, dtype)
     own = [n for part in plan.parts if isinstance(part, Segment) for n in part.nodes]
     if not any(isinstance(n, Stem | ConvAct | Block) for n in own):
+        return None
+    foreign = [part for part in plan.parts if isinstance(part, Foreign)]
+    if foreign and (not adapters.in_order(module) or len(own) + len(foreign) == len(atoms)):
         return None
     return Slot(path, (plan,), (None,))
 

@@ -76,7 +76,7 @@ class SlotRunner:
 
     def __init__(self, slot: Slot, target: Target):
         self.slot, self.target = slot, target
-        self.parts = [Runner(plan, target) for plan in slot.parts]
+        self.parts = [Runner(plan, target, inside=True) for plan in slot.parts]
         self.left: str | None = None
 
     def why_not(self, args: tuple, kwargs: dict) -> str | None:
@@ -115,7 +115,8 @@ def _served(kind: type[nn.Module]) -> type:
 
 
 class ForeignRunner:
-    """A torch module in the session's dtype, its slots served."""
+    """A torch module in the session's dtype, its slots served. What comes from another module keeps its strides: four
+    dimensions need not be channels and pixels."""
 
     def __init__(self, foreign: Foreign, target: Target):
         self.foreign = foreign
@@ -130,8 +131,6 @@ class ForeignRunner:
             self.slots.append(runner)
 
     def __call__(self, x):
-        if isinstance(x, Tensor) and x.dim() == 4:
-            x = nhwc(x)
         record = _RECORD.get()
         if record is None:
             return self.module(x)
@@ -153,13 +152,17 @@ def _now(x) -> float:
 
 
 class Runner:
-    """Every part of a plan, ready. Callable from several threads at once."""
+    """Every part of a plan, ready; ``inside`` a foreign module, or of what a session is called with: images, then.
+    Callable from several threads at once."""
 
-    def __init__(self, plan: Plan, target: Target):
+    def __init__(self, plan: Plan, target: Target, inside: bool = False):
+        self.inside = inside
         kinds = {Segment: SegmentRunner, Foreign: ForeignRunner}
         self.parts = [kinds[type(part)](part, target) for part in plan.parts]
 
     def __call__(self, x):
+        if not self.inside and isinstance(x, Tensor) and x.dim() == 4:
+            x = nhwc(x)
         for part in self.parts:
             x = part(x)
         return x

@@ -166,9 +166,10 @@ def test_known_parts_of_a_chain_inside_a_foreign_module():
             super().__init__()
             self.body = nn.Sequential(*conv(3, 4), Branches(), *conv(6, 5))
             self.plain = nn.Sequential(Scale(5), nn.Tanh())
+            self.lone = nn.Sequential(nn.Conv2d(5, 5, 1), nn.GELU())  # nothing merges
 
         def forward(self, x):
-            return self.plain(self.body(x)).sigmoid()
+            return self.lone(self.plain(self.body(x))).sigmoid()
 
     model, x = seeded(Model), pixels()
     session = fastres.optimize(model, x)
@@ -180,6 +181,29 @@ def test_known_parts_of_a_chain_inside_a_foreign_module():
     names = [row.name for row in report.rows]
     assert {"body.0", "body.3", "body.4", "body.3.left.0", "body.3.right.0", "body.3.right.4"} <= set(names)
     assert "left its last call" not in str(report) and "did not run" not in str(report)
+
+
+def test_modules_get_strides_as_they_left_them():
+    """Four dimensions behind a foreign module may be anything: channels last in shape, as ConvNeXt's linear layers."""
+
+    class Permute(nn.Module):
+        def __init__(self, *dims):
+            super().__init__()
+            self.dims = dims
+
+        def forward(self, x):
+            return x.permute(self.dims)
+
+    class Dense(nn.Module):
+        def forward(self, x):
+            return x.view(-1, x.shape[-1]).relu().view(x.shape)  # raises for other strides
+
+    there, back = Permute(0, 2, 3, 1), Permute(0, 3, 1, 2)
+    inner = nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.BatchNorm2d(6), there, Dense(), back)
+    model, x = seeded(lambda: nn.Sequential(*conv(3, 6), there, Dense(), nn.Linear(6, 6), back, inner)), pixels()
+    model = model.to(memory_format=torch.channels_last)
+    session = fastres.optimize(model, x.contiguous(memory_format=torch.channels_last))
+    assert distance(session(x), truth(model, x.contiguous(memory_format=torch.channels_last))) <= 2e-6
 
 
 def test_known_modules_called_in_unknown_ways_run_as_they_are():
