@@ -108,7 +108,8 @@ sanitize: $(DEPS)
 CPU_TESTS := tests/test_cpu_conv.py tests/test_cpu_grouped.py tests/test_cpu_winograd.py tests/test_cpu_strassen.py \
     tests/test_cpu_matrix.py tests/test_cpu_pairs.py tests/test_defaults.py \
     tests/test_add_relu.py tests/test_batch_norm_act.py tests/test_stem.py tests/test_conv_bn_act.py \
-    tests/inference/test_random_blocks.py tests/inference/test_cpu_engine.py tests/inference/test_matrix.py
+    tests/inference/test_random_blocks.py tests/inference/test_cpu_engine.py tests/inference/test_matrix.py \
+    tests/inference/test_fitting.py
 sanitize-cpu: $(DEPS)
 	FASTRES_CPU=1 FASTRES_CUDA=0 FASTRES_EMULATOR=0 FASTRES_TEST_ISAS=1 FASTRES_SANITIZE=1 \
 	    $(RUN) setup.py -q build --build-lib $(SANITIZED)-cpu --build-temp $(SANITIZED)-cpu-objects
