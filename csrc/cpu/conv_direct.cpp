@@ -58,20 +58,20 @@ class Worker {
     void fill(i64 first, i64 last) {
         const i64 slot = l_.apart ? fill_apart(first, last) : fill_together(first, last);
         for (int t = 0; t < p_.n_taps; ++t) {
-            const i64 c = p_.dc[t] - l_.col0, row = l_.apart ? l_.slot(p_.dr[t]) * slot : p_.dr[t] - l_.row0;
+            const i64 c = p_.dc[t] - l_.col0, row = l_.apart ? l_.offsets.index(p_.dr[t]) * slot : p_.dr[t] - l_.row0;
             taps_[t] = row * l_.row_floats + (c % p_.step_w * l_.plane + c / p_.step_w) * kBlock;
         }
     }
 
     // For each row of the grid the rows of x that it reads, those of one offset together; the rows of one offset.
     i64 fill_apart(i64 first, i64 last) {
-        const i64 slot = last - first, offsets = i64(l_.offsets.size());
+        const i64 slot = last - first, offsets = l_.offsets.n;
         set_block(slot * offsets);
         for (i64 r = first; r < last; ++r) {
             float* const to = strip_ + (r - first) * l_.row_floats;
             rows_[r - first] = row(r, to);
             for (i64 k = 0; k < offsets; ++k)
-                fill_row(r / p_.I, rows_[r - first].top + l_.offsets[k], to + k * slot * l_.row_floats);
+                fill_row(r / p_.I, rows_[r - first].top + l_.offsets.at[k], to + k * slot * l_.row_floats);
         }
         return slot;
     }
@@ -155,9 +155,8 @@ class Worker {
         const i64 panel_bytes = l_.panel_floats * i64(sizeof(float));
         const i64 fit = max_of(1, l2_bytes() / kGroupShare / panel_bytes), step = min_of(kGroup, fit);
         const bool pairs = p_.J <= kWide && !p_.points;
-        const i64 in_row = i64(l_.cuts.size()) - 1;
-        const i64 passes = pairs ? ceil_div(n_rows, 2) : n_rows * in_row;
-        const i64 tiles = ceil_div(panel1 - panel0, step) * n_rows * in_row;
+        const i64 passes = pairs ? ceil_div(n_rows, 2) : n_rows * l_.in_row;
+        const i64 tiles = ceil_div(panel1 - panel0, step) * n_rows * l_.in_row;
         chunk_ = next_ ? ceil_div(end_ - next_, Expected::kBytes * max_of(1, tiles)) * Expected::kBytes : 0;
         const bool resident = (panel1 - panel0) * panel_bytes <= l2_bytes() / 3;
         for (i64 g0 = panel0, g1; g0 < panel1; g0 = g1) {
@@ -173,8 +172,9 @@ class Worker {
                 continue;
             }
             for (i64 r = 0; r < n_rows; ++r)
-                for (i64 t = 0; t < in_row; ++t)
-                    group(in, rows_[r], nullptr, l_.cuts[t], min_of(l_.cuts[t + 1], rows_[r].width), g0, g1);
+                each_tile(l_.bounds, [&](i64 j0, i64 j1) {
+                    group(in, rows_[r], nullptr, j0, min_of(j1, rows_[r].width), g0, g1);
+                });
         }
     }
 
