@@ -103,7 +103,7 @@ class Packed:
         if found is None:
             return self, shape
         if found not in self._fitted:  # as in `get`
-            self._fitted[found] = Packed(found.conv(self.conv), pixels=False)
+            self._fitted[found] = Packed(found.conv(self.conv))
         return self._fitted[found], found.shape(shape)
 
     def everything(self) -> list[Packed]:
