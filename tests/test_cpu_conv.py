@@ -93,6 +93,19 @@ def test_values(restore_isa, isa, kind):
             assert error <= limit * expected.abs().max(), f"{shape} {dtype}: {error}"
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_taps_on_padding_are_left_out(restore_isa, isa):
+    """What a tap of NaN spoils is what it meets: elsewhere it is no product with zero."""
+    cpu.set_isa(isa)
+    for H, W, rows, columns in ((33, 31, 12, 24), (9, 32, 6, 24), (16, 48, 1, 40)):
+        x, w = torch.randn(2, 20, H, W).to(memory_format=CL), torch.randn(37, 20, 3, 3).to(memory_format=CL)
+        w[:, :, 0, 2] = float("nan")  # reads upwards and to the right
+        got = cpu_conv.fprop(x, w, ((1, 1), (rows, columns), (rows, columns), 1))
+        meets = torch.zeros_like(got, dtype=torch.bool)
+        meets[:, :, rows:, : W - columns] = True
+        assert torch.equal(got.isnan(), meets), (H, W)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_integers_are_exact_and_threads_do_not_matter(restore_isa, isa, kind):
