@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastres.ops.params import out_size
-from fastres.problem import Geometry
+from fastres.problem import Geometry, problem_of
 
 from . import cpu, cpu_conv
 from .trusted import DTYPE_CODE
@@ -55,8 +54,8 @@ def wins(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
 
 def _sizes(N: int, H: int, W: int, C: int, K: int, padding: tuple[int, int], stride: int,
            dilation: tuple[int, int] = (1, 1)) -> tuple[int, ...]:  # fmt: skip
-    P, Q = (out_size(n, 3, stride, p, d) for n, p, d in zip((H, W), padding, dilation, strict=True))
-    return N, H, W, C, K, P, Q, 3, 3, stride, stride, *padding, *dilation, 1
+    geometry = (stride, stride), padding, dilation, 1
+    return cpu_conv.sizes(problem_of((N, C, H, W), (K, C, 3, 3), geometry))
 
 
 def pack(w: Tensor, out: int, stride: int = 1) -> Tensor:
