@@ -116,7 +116,7 @@ class CpuSegment:
                     if turns.nodes and (shape[0] <= turns.images or shape[0] % turns.images):
                         turns = ALL_AT_ONCE
                     found = self._build(shape, pick, turns)
-                    if gather([q for p in self._packed() for q in p.everything()], key[1]):
+                    if gather(self._packed(), key[1]):
                         found = self._build(shape, pick, turns)
                     while len(self._programs) >= _PROGRAMS:
                         self._programs.pop(next(iter(self._programs)))
@@ -310,7 +310,7 @@ class CpuSegment:
         return found
 
     def memory(self, shape: Shape) -> int:
-        held = sum(q.bytes() for p in self._packed() for q in p.everything())
+        held = sum(p.bytes() for p in self._packed())
         return held + self._built(tuple(shape)).program.arena_bytes
 
 

@@ -107,6 +107,7 @@ class Packed:
         return self._fitted[found], found.shape(shape)
 
     def everything(self) -> list[Packed]:
+        """Itself and what was fitted."""
         return [self, *self._fitted.values()]
 
     def get(self, isa: str, kind: int) -> Tensor:
@@ -148,7 +149,8 @@ class Packed:
         self._moved.add((isa, kind))
 
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.weight, self.bias, *self._held.values()))
+        tensors = (t for p in self.everything() for t in (p.weight, p.bias, *p._held.values()))
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def kinds(self, dtype: torch.dtype, precision: str) -> tuple[int, ...]:
         """The kernels that can serve; one under "exact", whose bits do not depend on the clock."""
@@ -192,7 +194,7 @@ def gather(packed: list[Packed], isa: str) -> bool:
 
     The block has huge pages: a pass over weights in small ones waits long for the tables of pages.
     """
-    held = [(p, kind, t) for p in packed for kind, t in p.scattered(isa).items()]
+    held = [(p, kind, t) for of in packed for p in of.everything() for kind, t in p.scattered(isa).items()]
     if not held:
         return False
     starts = list(itertools.accumulate((-(-t.numel() // _LINE) * _LINE for *_, t in held), initial=0))

@@ -22,9 +22,14 @@ def describe(model: nn.Module, dtype: torch.dtype) -> Plan:
 
 
 def _chain(atoms: list[adapters.Atom], dtype: torch.dtype) -> Plan:
+    return _plan(adapters.gather(atoms, dtype), dtype)
+
+
+def _plan(items: list, dtype: torch.dtype) -> Plan:
+    """Of what :func:`adapters.gather` returns."""
     parts: list[Segment | Foreign] = []
     nodes: list = []
-    for item in adapters.gather(atoms, dtype):
+    for item in items:
         if not isinstance(item, tuple):
             nodes.append(item)
             continue
@@ -64,14 +69,13 @@ def _whole(path: str, module: nn.Module, dtype: torch.dtype) -> Slot | None:
     if untouched:
         return None
     atoms = adapters.expand(path, module)
-    plan = _chain(atoms, dtype)
-    own = [n for part in plan.parts if isinstance(part, Segment) for n in part.nodes]
-    if not any(isinstance(n, Stem | ConvAct | Block) for n in own):
+    items = adapters.gather(atoms, dtype)
+    nodes = [item for item in items if not isinstance(item, tuple)]
+    if not any(isinstance(n, Stem | ConvAct | Block) for n in nodes):
         return None
-    foreign = [part for part in plan.parts if isinstance(part, Foreign)]
-    if foreign and (not adapters.in_order(module) or len(own) + len(foreign) == len(atoms)):
+    if len(nodes) < len(items) and (not adapters.in_order(module) or len(items) == len(atoms)):
         return None
-    return Slot(path, (plan,), (None,))
+    return Slot(path, (_plan(items, dtype),), (None,))
 
 
 def _getter(path: str, module: nn.Module, dtype: torch.dtype) -> Slot | None:

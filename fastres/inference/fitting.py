@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fastres.inference.plan import Conv, Shape
 from fastres.ops.params import out_size
@@ -37,13 +36,9 @@ class Fit(NamedTuple):
         (top, R, *rows), (left, S, *columns) = self.rows, self.columns
         weight = conv.weight[:, :, top : top + R, left : left + S]
         if self.joined:
-            weight = _pixels_as_channels(weight)
-        (stride, padding) = zip(rows, columns, strict=True)
+            weight = weight.permute(0, 2, 3, 1).reshape(len(weight), -1, 1, 1)  # pixels become channels
+        stride, padding = zip(rows, columns, strict=True)
         return Conv(weight, conv.bias, stride, padding, conv.dilation, conv.groups)
-
-
-def _pixels_as_channels(weight: Tensor) -> Tensor:
-    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1, 1, 1)
 
 
 def fit(weight: torch.Size | Shape, geometry, image: tuple[int, int]) -> Fit | None:
